@@ -1,0 +1,91 @@
+"""Conjugate gradient, for symmetric positive definite operators."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bilevel.linalg.iterative import IterativeSolver, Progress, System, columns, divide
+from bilevel.linalg.operator import SYMMETRIC, Tag
+from bilevel.result import Result
+
+
+class _Memory(NamedTuple):
+    x: Tensor
+    residual: Tensor
+    direction: Tensor
+    rho: Tensor  # <r, M^-1 r>
+    coupling: Tensor  # (beta + sqrt(beta)) / alpha of the step before: its part of a row of the Lanczos matrix
+
+
+@dataclass(frozen=True)
+class ConjugateGradient(IterativeSolver):
+    r"""Preconditioned conjugate gradient; exact after as many steps as `A` has distinct eigenvalues.
+
+    In the A-norm, `‖x_k - x‖ <= 2 ((√κ - 1) / (√κ + 1))^k ‖x_0 - x‖`. The operator must be tagged symmetric; whether it
+    is positive definite shows on the way: a direction with `p'Ap <= 0` ends the solve with `negative_curvature` and the
+    iterate before it (use MINRES, or add damping). The recursive residual drifts from the true one, above all in
+    float32, so it is replaced by the true one every 50 steps and before convergence is claimed near rounding level.
+
+    Args:
+        rtol: tolerance relative to the right-hand side; None makes `max_steps` a budget.
+        atol: absolute tolerance.
+        max_steps: largest number of steps.
+
+    Reference: Hestenes and Stiefel (1952), "Methods of conjugate gradients for solving linear systems".
+
+    Example:
+        >>> from bilevel.linalg import MatrixOperator
+        >>> solver = ConjugateGradient(rtol=1e-8)
+        >>> state = solver.init(MatrixOperator(3.0 * torch.eye(4), SYMMETRIC))
+        >>> solver.compute(state, torch.full((4,), 6.0)).value
+        tensor([2., 2., 2., 2.])
+    """
+
+    requires: ClassVar[frozenset[Tag]] = SYMMETRIC
+    instead: ClassVar[str] = "use GMRES, BiCGStab or LSMR, or tag it if it is symmetric."
+    residual_may_wait: ClassVar[bool] = True  # it minimises the A-norm of the error; the residual may rise for long
+
+    def start(self, system: System, residual: Tensor) -> _Memory:
+        """First direction: the preconditioned residual."""
+        direction = system.precondition(residual)
+        rho = system.inner(residual, direction)
+        return _Memory(torch.zeros_like(residual), residual, direction, rho, torch.zeros_like(rho))
+
+    def step(self, system: System, memory: _Memory) -> tuple[_Memory, Progress]:
+        """Minimise the A-norm of the error along the direction, then conjugate."""
+        x, residual, direction, rho, coupling = memory
+        product = system.mv(direction)
+        curvature = system.inner(direction, product)
+        rayleigh = curvature / system.inner(direction, direction)
+        indefinite = (curvature <= 0) & (rho != 0)
+        alpha = torch.where(indefinite, 0.0, divide(rho, curvature))
+        x = x + columns(alpha) * direction
+        residual = residual - columns(alpha) * product
+        preconditioned = system.precondition(residual)
+        new_rho = system.inner(residual, preconditioned)
+        beta = divide(new_rho, rho)
+        if system.preconditioner is None:
+            estimate = new_rho.sqrt()
+            # CG is Lanczos in disguise: the sum of a row of its tridiagonal matrix is near the largest eigenvalue long
+            # before any Rayleigh quotient is (the directions soon lie in the small end of the spectrum).
+            gain = divide(1.0 + beta.sqrt(), alpha) + coupling
+        else:
+            estimate = system.norm(residual)
+            gain = divide(system.norm(product), system.norm(direction))
+        coupling = divide(beta + beta.sqrt(), alpha)
+        direction = preconditioned + columns(beta) * direction
+        status = torch.where(indefinite, Result.negative_curvature.code, Result.running.code)
+        memory = _Memory(x, residual, direction, new_rho, coupling)
+        return memory, Progress(estimate, torch.where(indefinite, rayleigh.abs(), gain), status, rayleigh)
+
+    def correction(self, system: System, memory: _Memory) -> Tensor:
+        """The iterate."""
+        return memory.x
+
+    def replace_residual(self, memory: _Memory, residual: Tensor) -> _Memory:
+        """The true residual; the direction stays, so the Krylov space is kept."""
+        return memory._replace(residual=residual)

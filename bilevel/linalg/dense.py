@@ -1,0 +1,149 @@
+"""Direct solvers: the operator as a matrix, factorised once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bilevel.errors import UsageError
+from bilevel.linalg.matrix import MatrixOperator
+from bilevel.linalg.operator import SYMMETRIC, LinearOperator, Tag, as_matrix, norm
+from bilevel.linalg.solver import LinearSolver, check_vector
+from bilevel.result import Result, Solution
+
+
+class _State(NamedTuple):
+    operator: LinearOperator
+    matrix: Tensor  # (*batch, n, n)
+    factor: tuple[Tensor, ...]
+    defect: Tensor  # (*batch,) codes: running where the factorisation is sound
+    num_mv: int
+    adjoint: bool
+
+
+@dataclass(frozen=True)
+class _DenseSolver(LinearSolver):
+    """What both share: materialise by `n` products (none for a matrix), factorise, solve, measure the residual.
+
+    Args:
+        max_size: refuse larger operators, whose matrix would take `8 n²` bytes in float64.
+    """
+
+    max_size: int = 20_000
+
+    def init(self, operator: LinearOperator) -> _State:
+        """Materialise and factorise."""
+        self.check(operator)
+        n = operator.shape[0]
+        if n > self.max_size:
+            raise UsageError(
+                f"{type(self).__name__} would build a dense {n} x {n} matrix (max_size is {self.max_size}): "
+                f"use an iterative solver, or raise max_size."
+            )
+        with torch.no_grad():
+            given = isinstance(operator, MatrixOperator)
+            matrix = operator.matrix if isinstance(operator, MatrixOperator) else as_matrix(operator)
+            factor, defect = self.factorise(matrix)
+        return _State(operator, matrix, factor, defect, 0 if given else n, False)
+
+    def factorise(self, matrix: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The factors, and a code of `Result` for each system."""
+        raise AssertionError("abstract")
+
+    def backsolve(self, state: _State, vector: Tensor) -> Tensor:
+        """Solve with the factors."""
+        raise AssertionError("abstract")
+
+    def transpose(self, state: _State) -> _State:
+        """The same factors, used the other way."""
+        return state._replace(operator=state.operator.transpose(), matrix=state.matrix.mT, adjoint=not state.adjoint)
+
+    def compute(
+        self,
+        state: _State,
+        vector: Tensor,
+        *,
+        x0: Tensor | None = None,
+        rtol: float | None = None,
+        preconditioner: LinearOperator | None = None,
+    ) -> Solution:
+        """Back-substitute; starting point, tolerance and preconditioner have nothing to do here."""
+        check_vector(state.operator, vector)
+        with torch.no_grad():
+            bad = state.defect != Result.running.code
+            value = self.backsolve(state, vector)
+            zero = (vector == 0).all(-1, keepdim=True)
+            value = torch.where(zero | bad.unsqueeze(-1), 0.0, value)
+            residual = vector - (state.matrix @ value.unsqueeze(-1)).squeeze(-1)
+            result = torch.where(bad, state.defect, Result.converged.code)
+            result = torch.where(value.isfinite().all(-1) & vector.isfinite().all(-1), result, Result.nonfinite.code)
+            result = torch.where(zero.squeeze(-1), Result.converged.code, result)
+            nan = torch.full(vector.shape[:-1], torch.nan, dtype=vector.dtype, device=vector.device)
+            num_mv = torch.full_like(result, state.num_mv)
+            return Solution(value, result, num_mv, norm(state.operator, residual), nan, nan)
+
+
+def _vanishing(pivots: Tensor) -> Tensor:
+    """True where the smallest pivot is zero to working precision beside the largest, `(*batch,)`."""
+    eps = torch.finfo(pivots.dtype).eps
+    if pivots.shape[-1] == 0:
+        return torch.zeros(pivots.shape[:-1], dtype=torch.bool, device=pivots.device)
+    return pivots.amin(-1) <= eps * pivots.amax(-1)
+
+
+class DenseCholesky(_DenseSolver):
+    r"""Cholesky factorisation `A = L L^T` of a symmetric positive definite operator, `n` products and `n³/3` operations.
+
+    An operator that is not positive definite is reported as `negative_curvature`, a singular one as `singular`.
+
+    Args:
+        max_size: refuse larger operators.
+
+    Example:
+        >>> solver = DenseCholesky()
+        >>> state = solver.init(MatrixOperator(torch.tensor([[4.0, 2.0], [2.0, 3.0]]), SYMMETRIC))
+        >>> solver.compute(state, torch.tensor([2.0, 3.0])).value
+        tensor([0., 1.])
+    """
+
+    requires: ClassVar[frozenset[Tag]] = SYMMETRIC
+    instead: ClassVar[str] = "use DenseLU, or tag it if it is symmetric."
+
+    def factorise(self, matrix: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """`L`."""
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        pivots = torch.diagonal(factor, dim1=-2, dim2=-1).square()
+        defect = torch.where(info > 0, Result.negative_curvature.code, Result.running.code)
+        return (factor,), torch.where((info == 0) & _vanishing(pivots), Result.singular.code, defect)
+
+    def backsolve(self, state: _State, vector: Tensor) -> Tensor:
+        """`L^-T L^-1 b`."""
+        return torch.cholesky_solve(vector.unsqueeze(-1), state.factor[0]).squeeze(-1)
+
+
+class DenseLU(_DenseSolver):
+    r"""LU factorisation with partial pivoting of any square operator, `n` products and `2n³/3` operations.
+
+    Args:
+        max_size: refuse larger operators.
+
+    Example:
+        >>> solver = DenseLU()
+        >>> solver.compute(solver.init(MatrixOperator(torch.tensor([[0.0, 1.0], [2.0, 0.0]]))), torch.ones(2)).value
+        tensor([0.5000, 1.0000])
+    """
+
+    def factorise(self, matrix: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """`LU` and the pivots."""
+        factor, pivots, info = torch.linalg.lu_factor_ex(matrix)
+        diagonal = torch.diagonal(factor, dim1=-2, dim2=-1).abs()
+        bad = (info > 0) | _vanishing(diagonal)
+        return (factor, pivots), torch.where(bad, Result.singular.code, Result.running.code)
+
+    def backsolve(self, state: _State, vector: Tensor) -> Tensor:
+        """Two triangular solves."""
+        factor, pivots = state.factor
+        return torch.linalg.lu_solve(factor, pivots, vector.unsqueeze(-1), adjoint=state.adjoint).squeeze(-1)

@@ -1,0 +1,143 @@
+"""Restarted GMRES, for square operators without any structure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bilevel.errors import UsageError
+from bilevel.linalg.iterative import IterativeSolver, Progress, System, columns, divide
+from bilevel.result import Result, full_codes
+
+
+class _Memory(NamedTuple):
+    x: Tensor  # of the cycles before this one
+    residual: Tensor  # at the start of this cycle
+    basis: Tensor  # (*batch, restart + 1, n), written in place
+    upper: Tensor  # (*batch, restart, restart), the triangular factor
+    rotations: Tensor  # (*batch, restart, 2)
+    target: Tensor  # (*batch, restart + 1), the rotated right-hand side
+    position: Tensor  # () steps done in this cycle; the same for all systems
+
+
+@dataclass(frozen=True)
+class GMRES(IterativeSolver):
+    r"""Generalised minimal residual method with restarts; with `restart >= n` it is full GMRES.
+
+    Orthogonalises twice by classical Gram-Schmidt (one reduction for the whole basis). A cycle of `restart` steps that
+    does not lower the residual ends in `stagnated`, since every later cycle would repeat it.
+
+    Args:
+        restart: length of a cycle; memory is `restart + 1` vectors a system.
+        rtol: tolerance relative to the right-hand side; None makes `max_steps` a budget.
+        atol: absolute tolerance.
+        max_steps: largest number of steps, over all cycles.
+
+    Reference: Saad and Schultz (1986), "GMRES: a generalized minimal residual algorithm".
+
+    Example:
+        >>> from bilevel.linalg import MatrixOperator
+        >>> operator = MatrixOperator(torch.tensor([[0.0, 1.0], [-2.0, 0.0]]))
+        >>> solver = GMRES()
+        >>> [round(v, 4) for v in solver.compute(solver.init(operator), torch.tensor([1.0, 2.0])).value.tolist()]
+        [-1.0, 1.0]
+    """
+
+    restart: int = 30
+
+    def __post_init__(self) -> None:
+        """Validate the numbers."""
+        super().__post_init__()
+        if self.restart < 1:
+            raise UsageError(f"GMRES needs restart >= 1, but got {self.restart}.")
+
+    def start(self, system: System, residual: Tensor) -> _Memory:
+        """An empty cycle."""
+        return self._cycle(system, torch.zeros_like(residual), residual)
+
+    def _cycle(self, system: System, x: Tensor, residual: Tensor) -> _Memory:
+        batch, n = residual.shape[:-1], residual.shape[-1]
+        length = min(self.restart, max(n, 1), self.max_steps)
+        beta = system.norm(residual)
+        basis = residual.new_zeros(*batch, length + 1, n)
+        basis[..., 0, :] = residual * columns(divide(torch.ones_like(beta), beta))
+        target = residual.new_zeros(*batch, length + 1)
+        target[..., 0] = beta
+        upper = residual.new_zeros(*batch, length, length)
+        rotations = residual.new_zeros(*batch, length, 2)
+        position = torch.zeros((), dtype=torch.int64)
+        return _Memory(x, residual, basis, upper, rotations, target, position)
+
+    def step(self, system: System, memory: _Memory) -> tuple[_Memory, Progress]:
+        """One Arnoldi step and one Givens rotation; after the last of a cycle, the next cycle is set up."""
+        k = int(memory.position)
+        basis, rotations, target = memory.basis, memory.rotations, memory.target
+        vector = system.mv(system.precondition(basis[..., k, :].contiguous()))
+        gain = system.norm(vector)
+        column = basis.new_zeros(*basis.shape[:-2], k + 2)
+        for _ in range(2):
+            for j in range(k + 1):
+                weight = system.inner(basis[..., j, :], vector)
+                vector = vector - columns(weight) * basis[..., j, :]
+                column[..., j] += weight
+        length = system.norm(vector)
+        length = torch.where(length <= 10 * torch.finfo(length.dtype).eps * gain, 0.0, length)
+        column[..., k + 1] = length
+        basis[..., k + 1, :] = vector * columns(divide(torch.ones_like(length), length))
+        for j in range(k):
+            c, s = rotations[..., j, 0], rotations[..., j, 1]
+            first, second = column[..., j].clone(), column[..., j + 1].clone()
+            column[..., j], column[..., j + 1] = c * first + s * second, c * second - s * first
+        pivot = torch.hypot(column[..., k], column[..., k + 1])
+        c, s = divide(column[..., k], pivot), divide(column[..., k + 1], pivot)
+        rotations[..., k, 0], rotations[..., k, 1] = c, s
+        memory.upper[..., : k + 1, k] = column[..., : k + 1]
+        memory.upper[..., k, k] = pivot
+        target[..., k + 1], target[..., k] = -s * target[..., k], c * target[..., k]
+        estimate = target[..., k + 1].abs()
+        singular = (pivot <= torch.finfo(pivot.dtype).eps * gain) & (memory.target[..., k + 1] == 0)
+        lucky_but_stuck = (length == 0) & (pivot == 0)
+        status = torch.where(
+            lucky_but_stuck & singular, Result.singular.code, full_codes(Result.running, gain.shape, gain.device)
+        )
+        memory = memory._replace(position=memory.position + 1)
+        if k + 1 < target.shape[-1] - 1:
+            return memory, Progress(estimate, gain, status)
+        x = self.correction(system, memory)
+        residual = memory.residual - self._image(memory)
+        before, after = system.norm(memory.residual), system.norm(residual)
+        stuck = (after > 0.999 * before) & (status == Result.running.code)
+        status = torch.where(stuck, Result.stagnated.code, status)
+        return self._cycle(system, x, residual), Progress(estimate, gain, status)
+
+    def _weights(self, memory: _Memory) -> Tensor:
+        """Solution of the triangular system; a vanished pivot (a singular operator) gives weight 0."""
+        k = int(memory.position)
+        upper, target = memory.upper[..., :k, :k], memory.target[..., :k]
+        diagonal = torch.diagonal(upper, dim1=-2, dim2=-1)
+        dead = diagonal == 0
+        upper = upper + torch.diag_embed(dead.to(upper.dtype))
+        target = torch.where(dead, 0.0, target)
+        return torch.linalg.solve_triangular(upper, target.unsqueeze(-1), upper=True).squeeze(-1)
+
+    def _image(self, memory: _Memory) -> Tensor:
+        """`A` times this cycle's correction, from the Arnoldi relation: `r - r_new = V_{k+1} Q^T (e - e_last)`."""
+        k = int(memory.position)
+        rotated = memory.target[..., : k + 1].clone()
+        rotated[..., k] = 0.0
+        for j in reversed(range(k)):
+            c, s = memory.rotations[..., j, 0], memory.rotations[..., j, 1]
+            first, second = rotated[..., j].clone(), rotated[..., j + 1].clone()
+            rotated[..., j], rotated[..., j + 1] = c * first - s * second, s * first + c * second
+        return (rotated.unsqueeze(-2) @ memory.basis[..., : k + 1, :]).squeeze(-2)
+
+    def correction(self, system: System, memory: _Memory) -> Tensor:
+        """The earlier cycles' iterate and this one's combination of its basis."""
+        k = int(memory.position)
+        if k == 0:
+            return memory.x
+        combined = (self._weights(memory).unsqueeze(-2) @ memory.basis[..., :k, :]).squeeze(-2)
+        return memory.x + system.precondition(combined)
