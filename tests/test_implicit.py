@@ -109,7 +109,9 @@ def test_derivatives_are_those_of_the_resolved_problem(solver):
     scale, step = torch.tensor(0.8), 1e-6
     columns = []
     for direction in torch.eye(3):
-        columns.append((minimise(THETA + step * direction, scale) - minimise(THETA - step * direction, scale)) / (2 * step))
+        columns.append(
+            (minimise(THETA + step * direction, scale) - minimise(THETA - step * direction, scale)) / (2 * step)
+        )
     torch.testing.assert_close(jacrev(solve)(THETA, scale), torch.stack(columns, -1), rtol=1e-7, atol=1e-8)
 
 
@@ -165,7 +167,9 @@ def test_vmap_over_arguments_equals_a_loop(solver):
     for got, want in zip(vmap(gradient)(thetas, scales), zip(*expected, strict=True), strict=True):
         torch.testing.assert_close(got, torch.stack(want), rtol=1e-10, atol=1e-12)
     shared = vmap(gradient, in_dims=(0, None))(thetas, scales[0])
-    torch.testing.assert_close(shared[0], torch.stack([gradient(t, scales[0])[0] for t in thetas]), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        shared[0], torch.stack([gradient(t, scales[0])[0] for t in thetas]), rtol=1e-10, atol=1e-12
+    )
 
 
 def test_vmap_of_vmap_and_jacobians_inside():
@@ -195,7 +199,10 @@ def test_a_scipy_solver_is_differentiable(pass_through):
     torch.testing.assert_close(pass_through(solve)(THETA, scale), jacrev(minimise)(THETA, scale), rtol=1e-6, atol=1e-7)
     batch = torch.stack([THETA, 2 * THETA])
     torch.testing.assert_close(
-        vmap(solve, in_dims=(0, None))(batch, scale), torch.stack([minimise(t, scale) for t in batch]), rtol=1e-6, atol=1e-7
+        vmap(solve, in_dims=(0, None))(batch, scale),
+        torch.stack([minimise(t, scale) for t in batch]),
+        rtol=1e-6,
+        atol=1e-7,
     )
 
 
@@ -203,7 +210,9 @@ def test_nested_structures_and_a_larger_network():
     """A solution that is a dict, arguments that are nested, inside a network whose other weights learn too."""
 
     def energy(x, params, strength):
-        return (x["a"] - params["w"] @ params["b"]).square().sum() + strength * (x["c"] * x["c"]).sum() + x["c"].sum() ** 2
+        return (
+            (x["a"] - params["w"] @ params["b"]).square().sum() + strength * (x["c"] * x["c"]).sum() + x["c"].sum() ** 2
+        )
 
     def find(params, strength):
         return {"a": params["w"] @ params["b"], "c": torch.zeros(2, 2)}
@@ -235,7 +244,9 @@ def test_root_vjp_and_jvp_are_adjoint_and_equal_the_dense_formula():
     gradient = grad(objective)
     x = minimise(THETA, torch.tensor(1.0))
     pulled = root_vjp(gradient, x, (THETA, torch.tensor(1.0)), cotangent, ConjugateGradient(**TIGHT), tags=SYMMETRIC)
-    pushed = root_jvp(gradient, x, (THETA, torch.tensor(1.0)), (tangent, None), ConjugateGradient(**TIGHT), tags=SYMMETRIC)
+    pushed = root_jvp(
+        gradient, x, (THETA, torch.tensor(1.0)), (tangent, None), ConjugateGradient(**TIGHT), tags=SYMMETRIC
+    )
     assert float(pulled[0] @ tangent) == pytest.approx(float(cotangent @ pushed), rel=1e-10)
 
 
@@ -262,7 +273,9 @@ def test_captured_tensors_are_detected_under_every_transform():
     outside = torch.tensor(2.0, requires_grad=True)
 
     def capturing(scale):
-        return implicit_argmin(lambda x, t: (x - scale * t).square().sum(), solver=DenseLU())(lambda t: scale.detach() * t)
+        return implicit_argmin(lambda x, t: (x - scale * t).square().sum(), solver=DenseLU())(
+            lambda t: scale.detach() * t
+        )
 
     with pytest.raises(UsageError, match="not among its arguments"):
         capturing(outside)(THETA)

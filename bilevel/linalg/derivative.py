@@ -105,12 +105,22 @@ class JacobianOperator(LinearOperator):
         with torch.enable_grad():
             leaf = point.detach().requires_grad_()
             output = function(leaf)
+        self._describe(output, leaf, tags)
+
+    @classmethod
+    def from_output(cls, output: Tensor, point: Tensor, tags: frozenset[Tag] = NO_TAGS) -> JacobianOperator:
+        """From values `(*batch, m)` that were computed with a graph from the leaf `point`."""
+        operator = cls.__new__(cls)
+        operator._describe(output, point, tags)
+        return operator
+
+    def _describe(self, output: Tensor, point: Tensor, tags: frozenset[Tag]) -> None:
         if output.ndim != point.ndim or output.shape[:-1] != point.shape[:-1]:
             raise UsageError(
                 f"a function of points of shape {tuple(point.shape)} needs values of shape (*batch, m) with the same "
                 f"batch, but returned {tuple(output.shape)}."
             )
-        self.output, self.point = output, leaf
+        self.output, self.point = output, point
         self.shape = (output.shape[-1], point.shape[-1])
         self.batch_shape = tuple(point.shape[:-1])
         self.dtype, self.device, self.tags = point.dtype, point.device, tags

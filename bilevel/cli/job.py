@@ -1,0 +1,200 @@
+"""One job: a composed configuration becomes objects, a run folder, and a run. The only module here that needs torch.
+
+The order matters: everything that can be wrong is built before the folder is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from bilevel.cli.allow import check_hydra, check_targets
+from bilevel.cli.build import build
+from bilevel.cli.composer import resolve
+from bilevel.cli.directories import RunDirectory, new_run_directory, read_record, sweep_job_directory, write_record
+from bilevel.cli.main import Interrupted, say
+from bilevel.cli.resume import check_unchanged
+from bilevel.cli.settings import Settings
+from bilevel.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The objects that a configuration describes.
+
+    Attributes:
+        problem: on the job's device and in its dtype.
+        solver: the inner solver.
+        hypergradient: the hypergradient method.
+        optimizer: makes the outer optimiser from a list of tensors.
+        scheduler: makes its scheduler from the optimiser; None when there is none.
+        trainer: the settings of the outer loop.
+        callbacks: the user's callbacks, then the trackers but for metrics.jsonl.
+    """
+
+    problem: Any
+    solver: Any
+    hypergradient: Any
+    optimizer: Callable[..., torch.optim.Optimizer]
+    scheduler: Callable[..., Any] | None
+    trainer: Any
+    callbacks: tuple[Any, ...]
+
+
+def run_job(config: DictConfig) -> float | None:
+    """Runs one job of `train`.
+
+    Args:
+        config: the composed configuration, without Hydra's own.
+
+    Returns:
+        The best outer loss, which sweepers minimise; None when no step was made.
+
+    Raises:
+        UsageError: something in the configuration is wrong; no folder is left behind.
+        Interrupted: Ctrl-C; its message says how to continue.
+    """
+    plain, hydra = resolve(config), HydraConfig.get()
+    settings = Settings.of(plain)
+    check_targets(plain)
+    check_hydra(hydra)
+    if settings.resume is not None:
+        check_unchanged(read_record(settings.resume), plain, settings.resume)
+    parts = assemble(plain, *settings.apply())
+    directory = _open_directory(settings, plain)
+    try:
+        summary = run_trainer(parts, plain, directory.path, resume=settings.resume is not None)
+    except KeyboardInterrupt as stop:
+        raise Interrupted(_after_interruption(directory)) from stop
+    except UsageError:
+        directory.discard_if_unused()
+        raise
+    _write_report(directory.path)
+    print(f"summary: {directory.path / 'summary.json'}", flush=True)
+    best = (summary.get("best") or {}).get("outer_loss")
+    return None if best is None else float(best)
+
+
+def run_trainer(parts: Parts, config: Mapping[str, Any], directory: Path, *, resume: bool) -> Mapping[str, Any]:
+    """Hands a job to the outer loop: the one place where the command line meets the trainer.
+
+    Args:
+        parts: the objects.
+        config: the resolved configuration, for the trackers and the checkpoints.
+        directory: the run folder.
+        resume: whether to go on from the newest checkpoint in it.
+
+    Returns:
+        The summary of the run.
+    """
+    from bilevel.tracking import JsonlTracker
+    from bilevel.trainer import run
+
+    summary: Mapping[str, Any] = run(
+        problem=parts.problem,
+        solver=parts.solver,
+        hypergradient=parts.hypergradient,
+        optimizer=parts.optimizer,
+        scheduler=parts.scheduler,
+        trainer=parts.trainer,
+        callbacks=[JsonlTracker(directory / "metrics.jsonl"), *parts.callbacks],
+        config=dict(config),
+        directory=directory,
+        resume=resume,
+    )
+    return summary
+
+
+def assemble(config: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Parts:
+    """Builds the objects of a job, node by node.
+
+    Args:
+        config: the resolved configuration.
+        device: where the problem goes.
+        dtype: the dtype it takes.
+
+    Raises:
+        UsageError: a node is wrong.
+    """
+    problem = build(config["problem"], "problem").to(device=device, dtype=dtype)
+    optimizer = _factory(config["outer_optimizer"], "outer_optimizer")
+    scheduler = _factory(config.get("outer_scheduler"), "outer_scheduler")
+    _try(optimizer, scheduler)
+    return Parts(
+        problem=problem,
+        solver=build(config["solver"], "solver"),
+        hypergradient=build(config["hypergradient"], "hypergradient"),
+        optimizer=optimizer,
+        scheduler=scheduler,
+        trainer=build(config["trainer"], "trainer"),
+        # Callbacks first: what they add to the summary is for the trackers to show.
+        callbacks=(*_callbacks(config.get("callbacks") or {}), *_trackers(config.get("tracking") or {})),
+    )
+
+
+def _factory(node: Mapping[str, Any] | None, where: str) -> Any:
+    """What makes the object later: the outer optimiser wants tensors that only the trainer has."""
+    return None if node is None else build({**node, "_partial_": True}, where)
+
+
+def _try(optimizer: Callable[..., Any], scheduler: Callable[..., Any] | None) -> None:
+    """Makes both once on a tensor of no meaning, so that a learning rate of -1 is refused before a folder is made."""
+    where = "outer_optimizer"
+    try:
+        made = optimizer([torch.zeros(1, requires_grad=True)])
+        where = "outer_scheduler"
+        if scheduler is not None:
+            scheduler(made)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{where} cannot be built: {' '.join(str(error).split())}.") from error
+
+
+def _trackers(nodes: Mapping[str, Any]) -> list[Any]:
+    """The trackers of the configuration; one whose mode is `disabled` is not even imported."""
+    named = {name: node for name, node in nodes.items() if isinstance(node, Mapping)}
+    return [build(node, f"tracking.{name}") for name, node in named.items() if node.get("mode") != "disabled"]
+
+
+def _callbacks(nodes: Mapping[str, Any]) -> list[Any]:
+    return [build(node, f"callbacks.{name}") for name, node in nodes.items() if node is not None]
+
+
+def _open_directory(settings: Settings, config: Mapping[str, Any]) -> RunDirectory:
+    hydra = HydraConfig.get()
+    if settings.resume is not None:
+        return RunDirectory(Path(settings.resume).expanduser())
+    if hydra.mode == RunMode.MULTIRUN:
+        directory = sweep_job_directory(hydra.runtime.output_dir)
+    else:
+        directory = new_run_directory(settings.output_dir, settings.name)
+    searched = [text for text in hydra.overrides.hydra if text.startswith("hydra.searchpath=")]
+    extra = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    overrides = OmegaConf.to_container(hydra.overrides.task)
+    assert isinstance(overrides, list)
+    write_record(directory.path, config, [*searched, *overrides], Path(extra[0]) if extra else None)
+    return directory
+
+
+def _after_interruption(directory: RunDirectory) -> str:
+    if directory.has_checkpoint:
+        return f"interrupted: go on with python -m bilevel train resume={directory.path}"
+    if directory.discard_if_unused():
+        return "interrupted before the first step, so nothing was written."
+    return f"interrupted before the first checkpoint, so {directory.path} cannot be continued: start again."
+
+
+def _write_report(directory: Path) -> None:
+    """Writes the report; a failure of it must not lose the run."""
+    try:
+        from bilevel.report import write_report
+
+        write_report(directory)
+    except Exception as error:  # whatever matplotlib or a full disk may say
+        say(f"no report: {error}; the run is complete, try python -m bilevel report {directory}.")

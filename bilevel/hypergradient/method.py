@@ -1,0 +1,158 @@
+"""The contract of a hypergradient method."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from bilevel.errors import UsageError
+from bilevel.flat import FlatProblem, StepBatches
+from bilevel.receipt import Receipt
+from bilevel.solvers import InnerSolution, InnerSolver, run
+from bilevel.tree import TensorDict, detach
+
+MethodState = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    """The result of one hypergradient.
+
+    Attributes:
+        gradient: `d outer_loss / d hparams` in natural units, one tensor a hyperparameter.
+        params: the inner solution it was taken at, `(n,)` or `(num_tasks, n)`.
+        state: the method's state for the next outer step.
+        receipt: what the gradient is worth.
+        outer_loss: mean over tasks at `params`.
+        inner_loss: mean over tasks at `params`; NaN where the inner problem has no loss.
+    """
+
+    gradient: TensorDict
+    params: Tensor
+    state: MethodState
+    receipt: Receipt
+    outer_loss: float
+    inner_loss: float
+
+
+@dataclass(frozen=True)
+class HypergradientMethod(ABC):
+    """A way to differentiate the outer loss through the inner solution; it owns the inner solve.
+
+    Args:
+        warm_start: start each inner solve from the previous solution instead of `init_params(hparams)`.
+
+    Attributes:
+        paths: the ways from a hyperparameter to the outer loss that the method differentiates: `direct` (in the outer
+            loss), `inner` (in the inner loss), `initial` (in `init_params`), `solver` (an option of the inner solver).
+        records_steps: whether the inner solver's steps have to be differentiable.
+    """
+
+    warm_start: bool = True
+
+    paths: ClassVar[frozenset[str]] = frozenset({"direct", "inner"})
+    records_steps: ClassVar[bool] = False
+
+    def init(
+        self, problem: FlatProblem, solver: InnerSolver, params: Tensor, hparams: Mapping[str, Tensor]
+    ) -> MethodState:
+        """The state before the first outer step: nothing, for most methods."""
+        return {}
+
+    @abstractmethod
+    def compute(
+        self,
+        problem: FlatProblem,
+        solver: InnerSolver,
+        params: Tensor,
+        hparams: Mapping[str, Tensor],
+        batches: StepBatches,
+        state: MethodState,
+    ) -> Hypergradient:
+        """Solve the inner problem and differentiate the outer loss at its solution.
+
+        Args:
+            problem: the problem between vectors.
+            solver: the inner solver.
+            params: the previous solution, where a warm start begins.
+            hparams: natural units.
+            batches: the batches of this outer step.
+            state: from `init` or the previous step.
+        """
+
+    def check(self, solver: InnerSolver) -> None:
+        """Raise `UsageError` when the inner solver cannot serve this method."""
+        if self.records_steps and not solver.differentiable:
+            raise UsageError(
+                f"{type(self).__name__} records the inner steps, but {type(solver).__name__} is not differentiable: "
+                "use GradientDescent, ProximalGradient or AndersonAcceleration, or an implicit hypergradient."
+            )
+
+
+def solve_inner(
+    problem: FlatProblem,
+    solver: InnerSolver,
+    start: Tensor,
+    hparams: Mapping[str, Tensor],
+    batches: StepBatches,
+    *,
+    offset: int = 0,
+    state: Any = None,
+    max_steps: int | None = None,
+) -> InnerSolution:
+    """Run the inner solver on this outer step's batches; inner step numbers start at `offset`."""
+    if not batches.stochastic:
+        return run(solver, problem.objective(None), start, hparams, state=state, max_steps=max_steps)
+
+    def at(inner_step: int) -> Any:
+        return problem.objective(batches.inner(offset + inner_step))
+
+    return run(solver, at, start, hparams, state=state, max_steps=max_steps)
+
+
+def starting_point(
+    problem: FlatProblem, params: Tensor, hparams: Mapping[str, Tensor], warm_start: bool
+) -> Tensor:
+    """The previous solution, detached, or `init_params(hparams)` with its graph."""
+    return params.detach() if warm_start else problem.start(hparams)
+
+
+def leaves(hparams: Mapping[str, Tensor]) -> TensorDict:
+    """Fresh leaves that require gradients."""
+    return {name: value.requires_grad_() for name, value in detach(hparams).items()}
+
+
+def outer_gradients(
+    problem: FlatProblem, params: Tensor, hparams: Mapping[str, Tensor], batches: StepBatches
+) -> tuple[float, Tensor, TensorDict]:
+    """Mean outer loss and its partial derivatives: with respect to params, and directly to hyperparameters."""
+    with torch.enable_grad():
+        leaf, direct = params.detach().requires_grad_(), leaves(hparams)
+        loss = problem.outer_loss(leaf, direct, batches.outer).mean()
+        by_params, *by_hparams = torch.autograd.grad(loss, [leaf, *direct.values()], materialize_grads=True)
+    return float(loss.detach()), by_params, dict(zip(direct, by_hparams, strict=True))
+
+
+def inner_value(problem: FlatProblem, params: Tensor, hparams: Mapping[str, Tensor], batches: StepBatches) -> float:
+    """Mean inner loss on the curvature batch; NaN for a problem without one."""
+    objective = problem.objective(batches.curvature)
+    if objective.loss is None:
+        return float("nan")
+    with torch.no_grad():
+        return float(objective.loss(params, hparams).mean())
+
+
+def describe(solution: InnerSolution) -> dict[str, Any]:
+    """The inner solve's part of a receipt."""
+    return {
+        "stationarity": solution.stationarity,
+        "inner_steps": solution.num_steps,
+        "inner_gradients": solution.num_gradients,
+        "inner_products": solution.num_mv,
+        "inner_result": solution.result.name,
+    }

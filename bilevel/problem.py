@@ -1,0 +1,92 @@
+"""What a user writes: an inner problem, an outer loss, and hyperparameters in natural units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from bilevel.constraints import Constraint
+from bilevel.errors import UsageError
+
+Batches = Callable[[int, int], Any]  # (outer step, inner step) -> batch, a pure function of both
+
+
+class Problem:
+    r"""A bilevel problem: `min_hparams outer_loss(params*, hparams)` with `params* = argmin inner_loss(params, hparams)`.
+
+    Write `init_hparams`, `init_params`, `outer_loss` and one of
+
+    * `inner_loss(params, hparams, batch)`, a scalar to minimise;
+    * `outputs(params, hparams, batch)`, `output_loss(outputs, hparams, batch) -> (B,)` and, if wanted,
+      `penalty(params, hparams)`, from which `inner_loss` follows as mean plus penalty;
+    * `optimality(params, hparams, batch)`, a dictionary like `params` that is zero at the solution, for an inner problem
+      that is no minimisation (equilibria, fixed points).
+
+    Tensors that the problem holds as attributes move with `to`. Everything is written for *one* system; set `num_tasks`
+    and give batches a leading task dimension to have that many solved at once and their outer losses averaged.
+
+    Attributes:
+        constraints: typed hyperparameters, by name or by dotted prefix, for instance `{"penalty": Positive()}`.
+        num_tasks: number of systems, or None for a single one without a task dimension.
+        inner_batches: None for a full-batch inner problem, else `(step, inner_step) -> batch`, unbiased.
+        outer_batches: likewise for the outer loss; called with inner step 0.
+
+    Example:
+        >>> from bilevel.constraints import Positive
+        >>> class Ridge(Problem):
+        ...     constraints = {"penalty": Positive()}
+        ...     def __init__(self):
+        ...         self.x, self.y = torch.eye(2), torch.tensor([1.0, 2.0])
+        ...     def init_hparams(self):
+        ...         return {"penalty": torch.tensor(1.0)}
+        ...     def init_params(self, hparams):
+        ...         return {"w": torch.zeros(2)}
+        ...     def inner_loss(self, params, hparams, batch):
+        ...         return (self.x @ params["w"] - self.y).square().sum() + hparams["penalty"] * params["w"].square().sum()
+        ...     def outer_loss(self, params, hparams, batch):
+        ...         return (params["w"] - self.y).square().sum()
+        >>> Ridge().to(dtype=torch.float64).x.dtype
+        torch.float64
+    """
+
+    constraints: ClassVar[Mapping[str, Constraint]] = {}
+    num_tasks: int | None = None
+    inner_batches: Batches | None = None
+    outer_batches: Batches | None = None
+
+    def init_hparams(self) -> Mapping[str, Any]:
+        """Starting hyperparameters in natural units; may be nested, names become dotted."""
+        raise UsageError(f"{type(self).__name__} needs a method init_hparams(self) that returns a dictionary of tensors.")
+
+    def init_params(self, hparams: Mapping[str, Tensor]) -> Mapping[str, Any]:
+        """Starting point of the inner solve, for one task; may depend on the hyperparameters."""
+        raise UsageError(f"{type(self).__name__} needs a method init_params(self, hparams) that returns a dictionary.")
+
+    def inner_loss(self, params: Mapping[str, Tensor], hparams: Mapping[str, Tensor], batch: Any) -> Tensor:
+        """The inner objective, a scalar; by default the mean of `output_loss` plus the `penalty`."""
+        if not hasattr(self, "outputs") or not hasattr(self, "output_loss"):
+            raise UsageError(
+                f"{type(self).__name__} needs inner_loss(self, params, hparams, batch), or outputs and output_loss."
+            )
+        loss: Tensor = self.output_loss(self.outputs(params, hparams, batch), hparams, batch).mean()
+        return loss + self.penalty(params, hparams) if hasattr(self, "penalty") else loss
+
+    def outer_loss(self, params: Mapping[str, Tensor], hparams: Mapping[str, Tensor], batch: Any) -> Tensor:
+        """The outer objective, a scalar."""
+        raise UsageError(f"{type(self).__name__} needs a method outer_loss(self, params, hparams, batch).")
+
+    def metrics(self, params: Mapping[str, Tensor], hparams: Mapping[str, Tensor]) -> Mapping[str, float]:
+        """Figures to log after each outer step, besides the losses."""
+        return {}
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Problem:
+        """Move the tensors and modules that the problem holds; floating-point ones also change dtype."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device=device, dtype=dtype if value.is_floating_point() else None))
+            elif isinstance(value, torch.nn.Module):
+                value.to(device=device, dtype=dtype)
+        return self

@@ -1,0 +1,169 @@
+"""Classifying handwritten digits: how strongly to penalise which weight, chosen on a validation split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from bilevel.constraints import Constraint, Positive
+from bilevel.data import Minibatches, load_digits
+from bilevel.errors import UsageError
+from bilevel.problem import Problem
+from bilevel.rng import generator, normal
+
+Tensors = Mapping[str, Tensor]
+NUM_PIXELS, NUM_CLASSES = 64, 10
+SHAPES = {"shared": (), "per_feature": (1, NUM_PIXELS), "per_weight": (NUM_CLASSES, NUM_PIXELS)}
+
+
+class _Digits(Problem):
+    """What both models share: the splits, the losses and the metrics; the penalty is `Σ penalty w² / 2`."""
+
+    constraints: ClassVar[Mapping[str, Constraint]] = {"penalty": Positive()}
+
+    def __init__(self, start: float, batch_size: int | None, split_seed: int) -> None:
+        if not start > 0:
+            raise UsageError(f"problem.start is the starting penalty and must be above 0, but is {start}.")
+        self.start_penalty = start
+        train, validation, test = load_digits(split_seed)
+        self.x, self.y = train.x, train.y
+        self.x_validation, self.y_validation = validation.x, validation.y
+        self.x_test, self.y_test = test.x, test.y
+        self.inner_batches = None if batch_size is None else Minibatches(len(self.x), batch_size, split_seed)
+
+    def logits(self, params: Tensors, x: Tensor) -> Tensor:
+        """Class scores `(N, 10)`."""
+        raise AssertionError("abstract")
+
+    def outputs(self, params: Tensors, hparams: Tensors, batch: Tensor | None) -> Tensor:
+        """Scores of the training examples in the batch."""
+        return self.logits(params, self.x if batch is None else self.x[batch])
+
+    def output_loss(self, outputs: Tensor, hparams: Tensors, batch: Tensor | None) -> Tensor:
+        """Cross-entropy of each example, `(B,)`."""
+        return cross_entropy(outputs, self.y if batch is None else self.y[batch], reduction="none")
+
+    def outer_loss(self, params: Tensors, hparams: Tensors, batch: None) -> Tensor:
+        """Mean cross-entropy on the validation split, without penalty."""
+        return cross_entropy(self.logits(params, self.x_validation), self.y_validation)
+
+    def metrics(self, params: Tensors, hparams: Tensors) -> dict[str, float]:
+        """Accuracy on both held-out splits and the test loss."""
+        with torch.no_grad():
+            validation, test = self.logits(params, self.x_validation), self.logits(params, self.x_test)
+            return {
+                "validation_accuracy": float((validation.argmax(-1) == self.y_validation).double().mean()),
+                "test_loss": float(cross_entropy(test, self.y_test)),
+                "test_accuracy": float((test.argmax(-1) == self.y_test).double().mean()),
+            }
+
+
+class DigitsSoftmax(_Digits):
+    r"""Softmax regression: `mean CE + Σ λ w² / 2`, intercepts unpenalised; convex, 649 parameters.
+
+    Adding a constant to all intercepts changes no prediction, so the first one is fixed at 0: the same minimiser, and a
+    Hessian that is not singular.
+
+    Args:
+        penalty: one penalty (`shared`), one for each pixel (`per_feature`, 64) or each weight (`per_weight`, 640).
+        start: starting value of every penalty.
+        batch_size: examples in an inner minibatch; None uses all.
+        split_seed: seed of the split and of the minibatches.
+    """
+
+    def __init__(
+        self,
+        penalty: Literal["shared", "per_feature", "per_weight"] = "shared",
+        start: float = 1e-2,
+        batch_size: int | None = None,
+        split_seed: int = 0,
+    ) -> None:
+        """Load the data; see the class."""
+        super().__init__(start, batch_size, split_seed)
+        if penalty not in SHAPES:
+            raise UsageError(f"problem.penalty must be one of {', '.join(SHAPES)}, but is '{penalty}'.")
+        self.penalty_shape = SHAPES[penalty]
+
+    def init_hparams(self) -> dict[str, Tensor]:
+        """The penalties."""
+        return {"penalty": torch.full(self.penalty_shape, self.start_penalty, dtype=self.x.dtype, device=self.x.device)}
+
+    def init_params(self, hparams: Tensors) -> dict[str, Tensor]:
+        """Zeros: the problem is convex."""
+        return {"weight": self.x.new_zeros(NUM_CLASSES, NUM_PIXELS), "bias": self.x.new_zeros(NUM_CLASSES - 1)}
+
+    def logits(self, params: Tensors, x: Tensor) -> Tensor:
+        """`x Wᵀ + b` with the first intercept 0."""
+        bias = torch.cat([params["bias"].new_zeros(1), params["bias"]])
+        return x @ params["weight"].mT + bias
+
+    def penalty(self, params: Tensors, hparams: Tensors) -> Tensor:
+        """`Σ λ w² / 2` over the weights."""
+        return 0.5 * (hparams["penalty"] * params["weight"].square()).sum()
+
+
+class DigitsMLP(_Digits):
+    r"""A smooth multilayer perceptron 64 - hidden - ... - 10 with one weight decay for each parameter of each weight matrix.
+
+    Args:
+        hidden: widths of the hidden layers.
+        start: starting value of every penalty.
+        batch_size: examples in an inner minibatch; None uses all.
+        split_seed: seed of the split and of the minibatches.
+        init_seed: seed of the starting weights.
+    """
+
+    def __init__(
+        self,
+        hidden: tuple[int, ...] | list[int] = (32,),
+        start: float = 1e-3,
+        batch_size: int | None = None,
+        split_seed: int = 0,
+        init_seed: int = 0,
+    ) -> None:
+        """Load the data; see the class."""
+        super().__init__(start, batch_size, split_seed)
+        if not all(width >= 1 for width in hidden):
+            raise UsageError(f"problem.hidden must hold widths of at least 1, but is {list(hidden)}.")
+        self.widths = [NUM_PIXELS, *hidden, NUM_CLASSES]
+        self.init_seed = init_seed
+
+    def init_hparams(self) -> dict[str, Tensor]:
+        """A penalty for every weight, named by its layer."""
+        return {
+            f"penalty.layer{index}": self.x.new_full((after, before), self.start_penalty)
+            for index, (before, after) in enumerate(zip(self.widths, self.widths[1:], strict=False))
+        }
+
+    def init_params(self, hparams: Tensors) -> dict[str, Tensor]:
+        """Scaled normal weights (LeCun), zero biases."""
+        source, params = generator(self.init_seed), {}
+        for index, (before, after) in enumerate(zip(self.widths, self.widths[1:], strict=False)):
+            weight = normal((after, before), source, self.x.dtype, self.x.device) / before**0.5
+            params[f"layer{index}.weight"] = weight
+            params[f"layer{index}.bias"] = self.x.new_zeros(after)
+        return params
+
+    def logits(self, params: Tensors, x: Tensor) -> Tensor:
+        """Layers with tanh between them."""
+        for index in range(len(self.widths) - 1):
+            x = torch.addmm(params[f"layer{index}.bias"], x, params[f"layer{index}.weight"].mT)
+            if index < len(self.widths) - 2:
+                x = torch.tanh(x)
+        return x
+
+    def penalty(self, params: Tensors, hparams: Tensors) -> Tensor:
+        """`Σ λ w² / 2` over the weight matrices, plus a trace on the biases that keeps the minimiser unique."""
+        terms = [
+            (hparams[f"penalty.layer{index}"] * params[f"layer{index}.weight"].square()).sum()
+            + BIAS_PENALTY * params[f"layer{index}.bias"].square().sum()
+            for index in range(len(self.widths) - 1)
+        ]
+        return 0.5 * torch.stack(terms).sum()
+
+
+BIAS_PENALTY = 1e-4

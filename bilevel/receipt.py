@@ -1,0 +1,44 @@
+"""What a hypergradient is worth: the residuals, products and curvature behind it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """How a hypergradient was computed, and how far to trust it; NaN and None mean that a method has no such figure.
+
+    Attributes:
+        stationarity: norm of the inner gradient at the point used, the largest over tasks; 0 at an exact solution.
+        inner_steps: steps of the inner solver.
+        inner_gradients: gradients of the inner loss it took (of all tasks at once).
+        inner_products: Hessian-vector products inside the inner solver.
+        inner_result: name of the `InnerResult`.
+        linear_residual: residual norm of the linear system over that of its right-hand side, the largest over tasks.
+        num_mv: matrix-vector products of the linear solve, the largest over tasks.
+        linear_result: name of the `Result`, the worst over tasks.
+        curvature_min: smallest Rayleigh quotient of the inner Hessian seen by the linear solver.
+        curvature_max: largest one.
+        biased: why the number is not the hypergradient even when every solve is exact; empty when it is.
+    """
+
+    stationarity: float = math.nan
+    inner_steps: int = 0
+    inner_gradients: int = 0
+    inner_products: int = 0
+    inner_result: str | None = None
+    linear_residual: float = math.nan
+    num_mv: int = 0
+    linear_result: str | None = None
+    curvature_min: float = math.nan
+    curvature_max: float = math.nan
+    biased: tuple[str, ...] = ()
+
+    def record(self) -> dict[str, Any]:
+        """Flat entries for a metrics record; `receipt.biased` as a boolean."""
+        entries = {f"receipt.{key}": value for key, value in asdict(self).items()}
+        entries["receipt.biased"] = bool(self.biased)
+        return entries

@@ -1,0 +1,290 @@
+"""The figures of one run: losses, metrics, hyperparameters over time and at the end, receipts."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from bilevel.report.load import Run
+from bilevel.report.style import WIDTH, Plate, Theme, blank, is_log_worthy, log_axis
+from bilevel.tracking.format import number
+
+__all__ = ["plates"]
+
+MAX_PANELS = 12
+MAX_LINES = 8
+MAX_IMAGES = 10
+MIN_IMAGE = 16  # pixels: below that a square trailing size is a coincidence
+
+_RECEIPT_PANELS = (
+    ("receipt.linear_residual", "relative residual of the linear solve"),
+    ("receipt.stationarity", "stationarity of the inner solve"),
+    ("hypergradient_norm", "hypergradient norm"),
+    ("receipt.num_mv", "products in the linear solve"),
+)
+
+
+def plates(run: Run) -> list[Plate]:
+    """The figures that the run's files can fill, in reading order."""
+    makers = (_losses, _metrics, _trajectories, _histograms, _images, _receipts)
+    return [plate for maker in makers for plate in maker(run)]
+
+
+# -- curves -----------------------------------------------------------------------------------------------------
+
+
+def _losses(run: Run) -> list[Plate]:
+    """Outer and inner loss, side by side: their scales rarely agree."""
+    keys = [key for key in ("outer_loss", "inner_loss") if run.series(key)[0].size]
+    if not keys:
+        return []
+    caption = "Left: the outer loss, which the hyperparameters minimise; the dot is the best step. " * (
+        "outer_loss" in keys
+    )
+    caption += "Right: the inner loss at the inner solution; it need not fall, for it is not what is being tuned." * (
+        len(keys) > 1
+    )
+    return [Plate("losses", "Losses", caption.strip(), partial(_paint_losses, run, keys))]
+
+
+def _paint_losses(run: Run, keys: Sequence[str], theme: Theme) -> Figure:
+    figure, axes = blank(1, len(keys), 2.6)
+    for index, (key, panel) in enumerate(zip(keys, axes, strict=True)):
+        _curve(panel, run, key, theme.series[index])
+        panel.set_title(key.replace("_", " "))
+        if key == "outer_loss" and run.best is not None:
+            step, loss = run.best
+            panel.plot([step], [loss], "o", color=theme.ink, markersize=4.5, zorder=5)
+            note = f"best {number(loss, 5)} at step {step}"
+            panel.set_title(note, loc="right", color=theme.faint, fontsize=7.5, fontweight="normal")
+    return figure
+
+
+def _metrics(run: Run) -> list[Plate]:
+    keys = [key for key in run.keys("metrics.") if run.series(key)[0].size][:MAX_PANELS]
+    if not keys:
+        return []
+    caption = "The problem's own metrics at each outer step. They steer nothing: only the outer loss is minimised."
+    return [Plate("metrics", "Metrics", caption, partial(_paint_metrics, run, keys))]
+
+
+def _paint_metrics(run: Run, keys: Sequence[str], theme: Theme) -> Figure:
+    figure, axes = _grid(len(keys))
+    for index, (key, panel) in enumerate(zip(keys, axes, strict=False)):
+        _curve(panel, run, key, theme.series[index % len(theme.series)])
+        panel.set_title(key.removeprefix("metrics.").replace("_", " "))
+    return figure
+
+
+def _curve(panel: Axes, run: Run, key: str, colour: str, label: str | None = None) -> None:
+    steps, values = run.series(key)
+    values = numpy.where(numpy.isfinite(values), values, numpy.nan)
+    panel.plot(steps, values, color=colour, label=label, marker="o" if steps.size < 15 else None, markersize=2.6)
+    log_axis(panel, values)
+    _step_axis(panel, run)
+
+
+def _step_axis(panel: Axes, run: Run) -> None:
+    last = max(int(run.final.get("step", 0)), 1)
+    panel.set_xlim(-0.02 * last, 1.02 * last)
+    panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    panel.set_xlabel("outer step")
+
+
+def _grid(count: int, height: float = 1.9) -> tuple[Figure, list[Axes]]:
+    """Three panels in a row, any other number in two columns; a spare place is left empty."""
+    columns = 3 if count == 3 else min(count, 2)
+    rows = -(-count // columns)
+    figure, axes = blank(rows, columns, max(2.4, height * rows))
+    for spare in axes[count:]:
+        spare.remove()
+    return figure, axes[:count]
+
+
+# -- hyperparameters --------------------------------------------------------------------------------------------
+
+
+def _trajectories(run: Run) -> list[Plate]:
+    keys = run.keys("hparams.")
+    bands = [key.removesuffix(".median") for key in keys if key.endswith(".median") and key[:-7] + ".min" in keys]
+    parts = {f"{band}.{part}" for band in bands for part in ("min", "median", "max")}
+    scalars = [key for key in keys if key not in parts and run.series(key)[0].size]
+    panels: list[list[str]] = [scalars[start : start + MAX_LINES] for start in range(0, len(scalars), MAX_LINES)]
+    panels += [[band] for band in bands]
+    if not panels:
+        return []
+    caption = "Hyperparameters in natural units. A single line is one number"
+    caption += (
+        "; a band reaches from a tensor's least to its greatest element, its line is the median" * bool(bands) + "."
+    )
+    if len(panels) > MAX_PANELS:
+        caption += f" The first {MAX_PANELS} of {len(panels)} panels are shown."
+    return [
+        Plate(
+            "hparams",
+            "Hyperparameters over the run",
+            caption,
+            partial(_paint_trajectories, run, panels[:MAX_PANELS], frozenset(bands)),
+        )
+    ]
+
+
+def _paint_trajectories(run: Run, panels: Sequence[Sequence[str]], bands: frozenset[str], theme: Theme) -> Figure:
+    figure, axes = _grid(len(panels))
+    for index, (keys, panel) in enumerate(zip(panels, axes, strict=True)):
+        if keys[0] in bands:
+            _band(panel, run, keys[0], theme.series[index % len(theme.series)])
+            panel.set_title(keys[0].removeprefix("hparams."))
+            continue
+        for line, key in enumerate(keys):
+            _curve(panel, run, key, theme.series[line % len(theme.series)], key.removeprefix("hparams."))
+        log_axis(panel, numpy.concatenate([run.series(key)[1] for key in keys]))
+        if len(keys) > 1:
+            panel.legend(loc="best", handlelength=1.2)
+        panel.set_title(keys[0].removeprefix("hparams.") if len(keys) == 1 else "single hyperparameters")
+    return figure
+
+
+def _band(panel: Axes, run: Run, key: str, colour: str) -> None:
+    rows = [[record.get(f"{key}.{part}") for part in ("min", "median", "max")] for record in run.records]
+    numbers = numpy.array([[math.nan if not isinstance(v, int | float) else v for v in row] for row in rows], float)
+    numbers = numpy.where(numpy.isfinite(numbers), numbers, numpy.nan)  # (num_steps, 3)
+    steps = [record["step"] for record in run.records]
+    panel.fill_between(steps, numbers[:, 0], numbers[:, 2], color=colour, alpha=0.18, linewidth=0)
+    for column, width in ((0, 0.6), (1, 1.8), (2, 0.6)):
+        marker = "o" if len(steps) < 15 and column == 1 else None
+        panel.plot(steps, numbers[:, column], color=colour, linewidth=width, marker=marker, markersize=2.6)
+    log_axis(panel, numbers)
+    _step_axis(panel, run)
+
+
+def _histograms(run: Run) -> list[Plate]:
+    tensors = {name: value[numpy.isfinite(value)] for name, value in run.hparams.items() if value.size > 1}
+    tensors = dict(list((name, value) for name, value in tensors.items() if value.size)[:MAX_PANELS])
+    if not tensors:
+        return []
+    caption = "How the final values are spread, one panel a tensor; the vertical line is the median. "
+    caption += "The axis is logarithmic where all values are positive and differ enough."
+    return [Plate("histograms", "Final hyperparameters", caption, partial(_paint_histograms, tensors))]
+
+
+def _paint_histograms(tensors: dict[str, NDArray[Any]], theme: Theme) -> Figure:
+    figure, axes = _grid(len(tensors))
+    for index, ((name, values), panel) in enumerate(zip(tensors.items(), axes, strict=True)):
+        colour = theme.series[index % len(theme.series)]
+        num_bins = int(numpy.clip(2 * math.sqrt(values.size), 8, 48))
+        if is_log_worthy(values):
+            edges = numpy.geomspace(values.min(), values.max(), num_bins + 1)
+            panel.set_xscale("log")
+        else:
+            edges = numpy.histogram_bin_edges(values, bins=num_bins)
+        panel.hist(values, bins=edges.tolist(), color=colour, alpha=0.75, edgecolor=theme.paper, linewidth=0.4)
+        panel.axvline(float(numpy.median(values)), color=theme.ink, linewidth=1.0)
+        panel.set_title(f"{name}  ({values.size:,} values)")
+        panel.set_ylabel("count")
+        panel.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    return figure
+
+
+def _images(run: Run) -> list[Plate]:
+    """A heat map for every tensor whose trailing size is a square, as pixels of an image are."""
+    found = []
+    for name, values in run.hparams.items():
+        size = values.shape[-1] if values.ndim else 1
+        side = math.isqrt(size)
+        if values.size and size >= MIN_IMAGE and side * side == size and numpy.isfinite(values).any():
+            stack = values.reshape(-1, side, side)
+            more = f" The first {MAX_IMAGES} of {len(stack)} are shown." if len(stack) > MAX_IMAGES else ""
+            caption = (
+                f"The final {name}: each row of {size} values as {side} x {side} pixels, in one colour scale.{more}"
+            )
+            file = f"image_{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}"
+            found.append(Plate(file, f"{name} as an image", caption, partial(_paint_images, stack[:MAX_IMAGES])))
+    return found[:MAX_PANELS]
+
+
+def _paint_images(stack: NDArray[Any], theme: Theme) -> Figure:
+    count = len(stack)
+    columns = min(count, 5)
+    rows = -(-count // columns)
+    side = min(WIDTH / columns, 2.6)
+    figure = Figure(figsize=(min(WIDTH, side * columns + 1.0), side * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    finite = stack[numpy.isfinite(stack)]
+    low, high = float(finite.min()), float(finite.max())
+    norm = LogNorm(low, high) if is_log_worthy(finite) else Normalize(low, high)
+    for index, panel in enumerate(axes):
+        panel.set_axis_off()
+        if index < count:
+            picture = panel.imshow(stack[index], norm=norm, cmap="cividis", interpolation="nearest")
+            if count > 1:
+                panel.set_title(str(index), color=theme.faint, fontweight="normal", pad=3)
+    bar = figure.colorbar(picture, ax=list(axes), shrink=0.8, aspect=24, pad=0.02)
+    bar.outline.set_visible(False)
+    return figure
+
+
+# -- receipts ---------------------------------------------------------------------------------------------------
+
+
+def _receipts(run: Run) -> list[Plate]:
+    panels = [(key, title) for key, title in _RECEIPT_PANELS if numpy.isfinite(run.series(key)[1]).any()]
+    if not panels:
+        return []
+    biased = [record["step"] for record in run.records if record.get("receipt.biased")]
+    skipped = [record["step"] for record in run.records if record.get("skipped")]
+    caption = "What each hypergradient is worth: the smaller the residual and the stationarity, the closer it is "
+    caption += "to the exact one; products are what the linear solve cost. "
+    if biased:
+        share = "Every step" if len(biased) == len(run.records) else f"{len(biased)} of {len(run.records)} steps"
+        caption += f"{share} {'was' if len(biased) in (1, len(run.records)) else 'were'} biased (shaded): "
+        caption += "the method solves a changed system there, whatever the residual says. "
+    else:
+        caption += "No step was marked as biased. "
+    if skipped:
+        where = f"step {skipped[0]}" if len(skipped) == 1 else f"{len(skipped)} steps"
+        caption += f"At {where}, crossed out, the hypergradient was not finite and was not applied. "
+    return [Plate("receipts", "Receipts", caption.strip(), partial(_paint_receipts, run, panels, biased, skipped))]
+
+
+def _paint_receipts(
+    run: Run, panels: Sequence[tuple[str, str]], biased: Sequence[int], skipped: Sequence[int], theme: Theme
+) -> Figure:
+    figure, axes = blank(len(panels), 1, max(2.2, 1.35 * len(panels) + 0.3), sharex=True)
+    for index, ((key, title), panel) in enumerate(zip(panels, axes, strict=True)):
+        colour = theme.series[index % len(theme.series)]
+        if key == "receipt.num_mv":
+            steps, values = run.series(key)
+            panel.bar(steps, numpy.nan_to_num(values), width=0.9, color=colour, alpha=0.75, linewidth=0)
+            panel.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+            _step_axis(panel, run)
+        else:
+            _curve(panel, run, key, colour)
+        for start, stop in _spans(biased):
+            panel.axvspan(start - 0.5, stop + 0.5, color=theme.series[1], alpha=0.12, linewidth=0)
+        for step in skipped:
+            panel.plot([step], [0.5], "x", color=theme.series[6], markersize=5, transform=panel.get_xaxis_transform())
+        panel.set_title(title)
+        panel.set_xlabel("outer step" if index == len(panels) - 1 else "")
+    return figure
+
+
+def _spans(steps: Sequence[int]) -> list[tuple[int, int]]:
+    """Join neighbouring steps: [1, 2, 3, 7] gives [(1, 3), (7, 7)]."""
+    spans: list[tuple[int, int]] = []
+    for step in steps:
+        if spans and step == spans[-1][1] + 1:
+            spans[-1] = (spans[-1][0], step)
+        else:
+            spans.append((step, step))
+    return spans

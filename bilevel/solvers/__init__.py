@@ -1,0 +1,28 @@
+"""Inner solvers and the one loop that runs them."""
+
+from bilevel.solvers.anderson import AndersonAcceleration
+from bilevel.solvers.gradient_descent import GradientDescent
+from bilevel.solvers.lbfgs import LBFGS
+from bilevel.solvers.loop import InnerResult, InnerSolution, run
+from bilevel.solvers.newton_cg import NewtonCG
+from bilevel.solvers.objective import Objective
+from bilevel.solvers.proximal_gradient import Project, Proximal, ProximalGradient, SoftThreshold
+from bilevel.solvers.solver import InnerSolver
+from bilevel.solvers.torch_optimizer import TorchOptimizer
+
+__all__ = [
+    "LBFGS",
+    "AndersonAcceleration",
+    "GradientDescent",
+    "InnerResult",
+    "InnerSolution",
+    "InnerSolver",
+    "NewtonCG",
+    "Objective",
+    "Project",
+    "Proximal",
+    "ProximalGradient",
+    "SoftThreshold",
+    "TorchOptimizer",
+    "run",
+]

@@ -1,0 +1,53 @@
+"""Backtracking line search for a batch of systems at once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bilevel.solvers.objective import Hparams, Objective
+
+MAX_TRIALS = 30
+
+
+class Point(NamedTuple):
+    """A point with its value and gradient, for each system."""
+
+    params: Tensor
+    value: Tensor
+    gradient: Tensor
+
+
+def search(loss: Objective, start: Point, direction: Tensor, hparams: Hparams) -> tuple[Point, Tensor, int]:
+    """The first of the steps 1, 1/2, 1/4, ... that lowers the loss enough (Armijo), one step for each system.
+
+    Close to a minimum the loss no longer resolves the descent; there a step is taken when the gradient norm falls and
+    the loss does not rise by more than rounding.
+
+    Returns:
+        The new point, which systems moved `(*batch,)`, and the number of evaluations.
+    """
+    slope = torch.linalg.vecdot(start.gradient, direction)
+    eps = torch.finfo(start.value.dtype).eps
+    slack = 10 * eps * start.value.abs()
+    size = torch.ones_like(slope)
+    moved = torch.zeros_like(slope, dtype=torch.bool)
+    best = start
+    for trial in range(1, MAX_TRIALS + 1):
+        params = start.params + size.unsqueeze(-1) * direction
+        value, gradient = loss.value_and_gradient(params, hparams)
+        lower = value <= start.value + 1e-4 * size * slope
+        flat = (value <= start.value + slack) & (gradient.norm(dim=-1) < start.gradient.norm(dim=-1))
+        take = (lower | flat) & ~moved & value.isfinite()
+        best = Point(
+            torch.where(take.unsqueeze(-1), params, best.params),
+            torch.where(take, value, best.value),
+            torch.where(take.unsqueeze(-1), gradient, best.gradient),
+        )
+        moved = moved | take
+        if bool(moved.all()):
+            break
+        size = torch.where(moved, size, 0.5 * size)
+    return best, moved, trial

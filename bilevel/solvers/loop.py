@@ -1,0 +1,110 @@
+"""The one loop that runs every inner solver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from bilevel.errors import UsageError
+from bilevel.solvers.objective import Hparams, Objective
+from bilevel.solvers.solver import InnerSolver, State
+
+LossAt = Callable[[int], Objective]  # inner step -> the objective on that step's batch
+
+
+class InnerResult(Enum):
+    """How an inner solve ended."""
+
+    converged = "every system is stationary to the solver's atol"
+    max_steps = "max_steps were made before every system was stationary to atol"
+    stagnated = "no step lowers the loss any more in this precision: use float64 or a looser atol"
+    nonfinite = "a non-finite gradient appeared: lower the learning rate, or check the loss"
+
+
+@dataclass(frozen=True)
+class InnerSolution:
+    """What an inner solve returns.
+
+    Attributes:
+        params: the last iterate with a finite gradient, `(*batch, n)`.
+        state: the solver's state there.
+        result: how it ended.
+        num_steps: inner steps made.
+        stationarity: largest norm of the latest gradient over the systems.
+        num_gradients: gradients evaluated (of all systems at once).
+        num_mv: Hessian-vector products spent inside the steps.
+    """
+
+    params: Tensor
+    state: State
+    result: InnerResult
+    num_steps: int
+    stationarity: float
+    num_gradients: int
+    num_mv: int
+
+
+def run(
+    solver: InnerSolver,
+    loss: Objective | LossAt,
+    params: Tensor,
+    hparams: Hparams,
+    *,
+    state: State | None = None,
+    max_steps: int | None = None,
+) -> InnerSolution:
+    """Step until every system is stationary, a gradient is not finite, or the steps are used up.
+
+    Recorded for a derivative when gradients are enabled; otherwise under `torch.no_grad()`.
+
+    Args:
+        solver: how to step.
+        loss: the objective, or a function from the number of the inner step to the objective on its batch.
+        params: where to start, `(*batch, n)`.
+        hparams: hyperparameters in natural units.
+        state: the solver's state to go on from; None starts afresh.
+        max_steps: overrides the solver's own number.
+
+    Example:
+        >>> from bilevel.solvers import GradientDescent
+        >>> objective = Objective(lambda x, h: ((x - h["target"]) ** 2).sum(-1))
+        >>> solver = GradientDescent(learning_rate=0.25, max_steps=100, atol=1e-4)
+        >>> with torch.no_grad():
+        ...     solution = run(solver, objective, torch.zeros(2), {"target": torch.tensor(3.0)})
+        >>> solution.result.name, [round(v, 2) for v in solution.params.tolist()]
+        ('converged', [3.0, 3.0])
+    """
+    if not isinstance(loss, Objective) and solver.full_batch:
+        raise UsageError(
+            f"{type(solver).__name__} compares the losses of successive steps and needs the full batch, but this problem "
+            "has inner minibatches: use GradientDescent or TorchOptimizer."
+        )
+    at = (lambda _: loss) if isinstance(loss, Objective) else loss
+    limit = solver.max_steps if max_steps is None else max_steps
+    state = solver.init(params, at(0), hparams) if state is None else state
+    result, number = InnerResult.max_steps, 0
+    for number in range(1, limit + 1):  # noqa: B007 - the count of steps is reported
+        new_params, new_state = solver.step(params, state, at(number - 1), hparams)
+        if not bool(new_state["stationarity"].isfinite().all()):
+            result = InnerResult.nonfinite
+            break
+        params, state = new_params, new_state
+        if bool(solver.done(state).all()):
+            result = InnerResult.converged
+            break
+        if bool(state.get("stuck", False)):
+            result = InnerResult.stagnated
+            break
+    return InnerSolution(
+        params=params,
+        state=state,
+        result=result,
+        num_steps=number,
+        stationarity=float(state["stationarity"].max()) if limit else torch.nan,
+        num_gradients=int(state["num_gradients"]),
+        num_mv=int(state["num_mv"]),
+    )

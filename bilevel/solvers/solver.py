@@ -1,0 +1,91 @@
+"""The contract of an inner solver: `init`, `step`, `done`; the loop is in `solvers/loop.py`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from bilevel.errors import UsageError
+from bilevel.solvers.objective import Hparams, Objective
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class InnerSolver(ABC):
+    """An iterative way to solve the inner problem; a step is a pure function of its arguments.
+
+    `params` are vectors `(*batch, n)`, one for each system. The state is a dictionary of tensors and holds at least
+    `stationarity`, the norm of the latest gradient of each system `(*batch,)`, and `num_gradients`.
+
+    Args:
+        max_steps: largest number of inner steps.
+        atol: stop when the stationarity (norm of the gradient, in its units) is at most this; 0 makes all the steps.
+
+    Attributes:
+        differentiable: whether a step can be recorded, as the unrolled, forward and one-step methods need.
+        full_batch: whether steps compare losses with each other, so that minibatches would mislead them.
+    """
+
+    max_steps: int = 1000
+    atol: float = 1e-6
+
+    differentiable: ClassVar[bool] = True
+    full_batch: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Validate the numbers."""
+        if self.max_steps < 1:
+            raise UsageError(f"{type(self).__name__} needs max_steps >= 1, but got {self.max_steps}.")
+        if not self.atol >= 0:
+            raise UsageError(f"{type(self).__name__} needs atol >= 0, but got {self.atol}.")
+
+    @property
+    def hparam_names(self) -> tuple[str, ...]:
+        """The options of this solver that name a hyperparameter instead of holding a number."""
+        return tuple(value for value in vars(self).values() if isinstance(value, str))
+
+    @abstractmethod
+    def init(self, params: Tensor, loss: Objective, hparams: Hparams) -> State:
+        """The state before the first step."""
+
+    @abstractmethod
+    def step(self, params: Tensor, state: State, loss: Objective, hparams: Hparams) -> tuple[Tensor, State]:
+        """One step."""
+
+    def done(self, state: State) -> Tensor:
+        """Which systems are stationary, `(*batch,)`."""
+        stationary: Tensor = state["stationarity"] <= self.atol
+        return stationary
+
+
+def option(value: float | str, hparams: Hparams) -> float | Tensor:
+    """A solver's option: the number itself, or the hyperparameter that it names.
+
+    Raises:
+        UsageError: there is no hyperparameter of that name.
+    """
+    if not isinstance(value, str):
+        return value
+    if value not in hparams:
+        raise UsageError(f"a solver's option names the hyperparameter '{value}', but there are only {sorted(hparams)}.")
+    return hparams[value]
+
+
+def fresh_state(params: Tensor) -> State:
+    """The entries that every solver's state has."""
+    batch = params.shape[:-1]
+    return {
+        "stationarity": torch.full(batch, torch.inf, dtype=params.dtype, device=params.device),
+        "num_gradients": torch.zeros((), dtype=torch.int64),
+        "num_mv": torch.zeros((), dtype=torch.int64),
+    }
+
+
+def row_norm(vector: Tensor) -> Tensor:
+    """Norm of each system's vector, cut from every graph: a measurement, not a part of the step."""
+    return torch.linalg.vector_norm(vector.detach(), dim=-1)

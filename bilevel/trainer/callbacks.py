@@ -1,0 +1,52 @@
+"""What a tracker or a user's own code can hook into: start, each outer step, end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """What is known when a run starts.
+
+    Attributes:
+        config: the resolved configuration; empty for `bilevel.fit`.
+        directory: the run directory; None for `bilevel.fit`.
+        step: number of the first outer step; above 0 when the run is resumed.
+        num_steps: number of the last outer step plus one.
+        hparams: starting hyperparameters in natural units.
+    """
+
+    config: dict[str, Any]
+    directory: Path | None
+    step: int
+    num_steps: int
+    hparams: dict[str, Tensor] = field(repr=False)
+
+
+class Callback:
+    """Does nothing; override what is wanted.
+
+    Example:
+        >>> class Print(Callback):
+        ...     def on_step(self, record, hparams):
+        ...         print(record["step"], record["outer_loss"])
+    """
+
+    def on_start(self, run: RunStart) -> None:
+        """Before the first step."""
+
+    def on_step(self, record: dict[str, Any], hparams: dict[str, Tensor]) -> None:
+        """After each outer step.
+
+        Args:
+            record: flat, JSON-able figures of the step.
+            hparams: natural units, the ones that the step's figures belong to (before the update).
+        """
+
+    def on_end(self, summary: dict[str, Any]) -> None:
+        """After the last step, however the run ended (`summary["stopped_because"]`); may add entries to the summary."""

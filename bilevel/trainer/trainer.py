@@ -1,0 +1,156 @@
+"""The outer loop: a hypergradient, a step of the outer optimiser, a record; again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.errors import UsageError
+from bilevel.flat import StepBatches
+from bilevel.hypergradient import Hypergradient, check_not_all_zero
+from bilevel.trainer.state import Best, Setup, TrainState
+from bilevel.tree import TensorDict, detach
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Settings of the outer loop.
+
+    Args:
+        num_steps: outer steps.
+        clip_norm: clip the gradient in raw coordinates to this norm; None does not.
+        patience: stop after this many steps without a better outer loss; None never does.
+        min_improvement: what counts as better, relative to the best outer loss.
+        max_nonfinite: stop after this many non-finite hypergradients in a row; none of them is ever applied.
+        checkpoint_every: steps between checkpoints; the last step always writes one.
+        keep_checkpoints: number of checkpoints that are kept.
+    """
+
+    num_steps: int = 50
+    clip_norm: float | None = None
+    patience: int | None = None
+    min_improvement: float = 0.0
+    max_nonfinite: int = 3
+    checkpoint_every: int = 10
+    keep_checkpoints: int = 3
+
+    def __post_init__(self) -> None:
+        """Validate the numbers."""
+        for name in ("num_steps", "max_nonfinite", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"trainer.{name} must be at least 1, but is {getattr(self, name)}.")
+        for name in ("clip_norm", "patience"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UsageError(f"trainer.{name} must be above 0 or null, but is {value}.")
+        if self.min_improvement < 0:
+            raise UsageError(f"trainer.min_improvement must be at least 0, but is {self.min_improvement}.")
+
+    def steps(self, setup: Setup, state: TrainState) -> Iterator[tuple[Record, TensorDict]]:
+        """Make the outer steps one by one, changing the state; yields each step's record and natural hyperparameters.
+
+        A generator so that whoever runs it (a run directory, a notebook) decides what happens between two steps. Its
+        return value says why the loop ended.
+        """
+        while state.step < self.num_steps:
+            yield self.step(setup, state)
+            if state.num_nonfinite >= self.max_nonfinite:
+                return f"{state.num_nonfinite} non-finite hypergradients in a row; none was applied"
+            if self.patience is not None and state.step - 1 - state.best.step >= self.patience:
+                return f"no better outer loss in {self.patience} steps"
+        return "all steps were made"
+
+    def step(self, setup: Setup, state: TrainState) -> tuple[Record, TensorDict]:
+        """One outer step."""
+        started = time.perf_counter()
+        natural = setup.natural(state.raw)
+        hparams = detach(natural)
+        batches = StepBatches(setup.problem.problem, state.step)
+        result = setup.method.compute(setup.problem, setup.solver, state.params, hparams, batches, state.method)
+        finite = is_finite(result)
+        if finite and state.step == 0:
+            check_not_all_zero(result.gradient, setup.method)
+        rate = float(state.optimizer.param_groups[0]["lr"])
+        norm = float(torch.cat([part.detach().flatten() for part in result.gradient.values()]).norm())
+        self._count(state, result)
+        if finite:
+            state.num_nonfinite = 0
+            self._keep_best(state, result, hparams)
+            self._update(state, natural, result.gradient, result.outer_loss)
+            state.params, state.method = result.params, result.state
+        else:
+            state.num_nonfinite += 1  # neither the hyperparameters nor the warm starts take anything from this step
+        metrics = setup.problem.problem.metrics(setup.problem.unravel(result.params), hparams) if finite else {}
+        state.step += 1
+        seconds = time.perf_counter() - started
+        state.seconds += seconds
+        record: Record = {
+            "step": state.step - 1,
+            "num_steps": self.num_steps,
+            "outer_loss": result.outer_loss,
+            "inner_loss": result.inner_loss,
+            "hypergradient_norm": norm,
+            "learning_rate": rate,
+            "seconds": seconds,
+            "eta_seconds": state.seconds / state.step * (self.num_steps - state.step),
+            "skipped": not finite,
+            **result.receipt.record(),
+            **{f"metrics.{name}": float(value) for name, value in metrics.items()},
+            **describe_hparams(hparams),
+        }
+        state.record = record
+        return record, hparams
+
+    def _update(
+        self, state: TrainState, natural: TensorDict, gradient: Mapping[str, Tensor], outer_loss: float
+    ) -> None:
+        """Chain through the bijections to the raw values, clip, and let the optimiser step."""
+        names = list(natural)
+        raw_gradient = torch.autograd.grad(
+            [natural[name] for name in names], list(state.raw.values()), [gradient[name] for name in names]
+        )
+        for value, part in zip(state.raw.values(), raw_gradient, strict=True):
+            value.grad = part
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(list(state.raw.values()), self.clip_norm)
+        state.optimizer.step(lambda: outer_loss)  # LBFGS insists on a closure; the gradient is there already
+        state.optimizer.zero_grad(set_to_none=True)
+        if state.scheduler is not None:
+            state.scheduler.step()
+
+    def _keep_best(self, state: TrainState, result: Hypergradient, hparams: TensorDict) -> None:
+        best = state.best.outer_loss
+        margin = self.min_improvement * abs(best) if best != float("inf") else 0.0
+        if result.outer_loss < best - margin:
+            state.best = Best(state.step, result.outer_loss, hparams, result.params)
+
+    @staticmethod
+    def _count(state: TrainState, result: Hypergradient) -> None:
+        for key in state.work:
+            state.work[key] += int(getattr(result.receipt, key))
+
+
+def is_finite(result: Hypergradient) -> bool:
+    """Whether a hypergradient may be applied: the loss, the solution and every entry are finite."""
+    parts = [result.params, torch.tensor(result.outer_loss), *result.gradient.values()]
+    return all(bool(part.isfinite().all()) for part in parts)
+
+
+def describe_hparams(hparams: Mapping[str, Tensor]) -> Record:
+    """Hyperparameters for a record: the number itself, or minimum, median and maximum."""
+    record: Record = {}
+    for name, value in hparams.items():
+        if value.numel() == 1:
+            record[f"hparams.{name}"] = float(value)
+        elif value.numel():
+            record[f"hparams.{name}.min"] = float(value.min())
+            record[f"hparams.{name}.median"] = float(value.median())
+            record[f"hparams.{name}.max"] = float(value.max())
+    return record

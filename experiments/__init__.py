@@ -1,0 +1,1 @@
+"""Short scripts on the public API of bilevel; nothing imports them."""

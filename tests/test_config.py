@@ -1,0 +1,226 @@
+"""conf/ against the code: every option composes, and every file lists what its class takes, with its defaults."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from bilevel.cli.allow import check_hydra, check_targets
+from bilevel.cli.build import find_target
+from bilevel.cli.composer import composer, resolve
+from bilevel.cli.paths import conf_directory, config_groups
+from bilevel.cli.settings import Settings
+from bilevel.errors import UsageError
+
+CONF = conf_directory()
+SPECIAL = {"_target_", "_partial_", "_args_", "_convert_", "_recursive_"}
+SUPPLIED_LATER = {"params", "optimizer"}  # what the trainer gives a torch.optim optimiser and its scheduler
+
+
+def options(conf: Path) -> list[tuple[str, str]]:
+    """(group, option) for every file of every group."""
+    return [(group, option) for group, names in config_groups(conf).items() for option in names]
+
+
+def described(conf: Path, group: str, option: str) -> list[tuple[str, dict[str, Any]]]:
+    """The nodes with a `_target_` that a file itself holds, with their places; presets hold none."""
+    content = OmegaConf.to_container(OmegaConf.load(conf / group / f"{option}.yaml"), resolve=False)
+    return list(_nodes(content, f"{group}/{option}"))
+
+
+def _nodes(content: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    if isinstance(content, Mapping):
+        if "_target_" in content:
+            own = {key: value for key, value in content.items() if key != "defaults"}
+            yield where, {**_composed(content.get("defaults", [])), **own}
+        for key, value in content.items():
+            yield from _nodes(value, f"{where}.{key}")
+    elif isinstance(content, list):
+        for number, value in enumerate(content):
+            yield from _nodes(value, f"{where}.{number}")
+
+
+def _composed(defaults: Any) -> dict[str, str]:
+    """The keys that a defaults list fills from other groups, such as `/linear_solver@linear_solver: cg`."""
+    names = [str(key) for entry in defaults if isinstance(entry, Mapping) for key in entry]
+    return {name.partition("@")[2]: "${composed}" for name in names if "@" in name}
+
+
+def differences(where: str, node: Mapping[str, Any]) -> list[str]:
+    """How a node differs from the signature of the class it names; empty when it does not.
+
+    A class of bilevel is listed in full, with its defaults. Of somebody else's class, a file may list fewer arguments
+    and give values of its own.
+    """
+    target = find_target(node["_target_"], where)
+    ours = node["_target_"].startswith("bilevel.")
+    taken = {
+        name: one
+        for name, one in inspect.signature(target).parameters.items()
+        if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD) and not (not ours and name in SUPPLIED_LATER)
+    }
+    given = {key: value for key, value in node.items() if key not in SPECIAL}
+    said = [f"{where}.{key} is no argument of {node['_target_']}" for key in given if key not in taken]
+    for name, one in taken.items():
+        required = one.default is inspect.Parameter.empty
+        if name not in given:
+            if ours or required:
+                said.append(f"{where} lacks {name}, an argument of {node['_target_']}")
+        elif ours and not required and not _agrees(given[name], _default(target, name, one.default)):
+            said.append(f"{where}.{name} is {given[name]!r}, and the default of {node['_target_']} is {one.default!r}")
+    return said
+
+
+def _default(target: Any, name: str, default: Any) -> Any:
+    """A field's default, made by its factory where it has one."""
+    made = {field.name: field.default_factory for field in fields(target)} if is_dataclass(target) else {}
+    factory = made.get(name, MISSING)
+    return default if factory is MISSING else factory()
+
+
+def _agrees(value: Any, default: Any) -> bool:
+    if isinstance(value, str) and "${" in value:
+        return True
+    if isinstance(value, Mapping) and "_target_" in value:
+        name = value["_target_"].rpartition(".")[2]
+        if value.get("_partial_"):
+            return callable(default)  # a factory; what it makes is its own node
+        return default is None or type(default).__name__ == name  # its own arguments are compared as its own node
+    return _plain(value) == _plain(default) and type(_plain(value)) is type(_plain(default))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_plain(one) for one in value]
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def compose_option(conf: Path, group: str, option: str) -> dict[str, Any]:
+    """Composes the job with one option chosen, and checks it as a job would."""
+    with composer(conf=conf) as compose:
+        base = compose.compose()
+        places = [str(choice) for choice in base.hydra.runtime.choices if str(choice).partition("@")[0] == group]
+        if places:
+            config = compose.compose([f"{places[0]}={option}"])
+        else:  # a group that only some configurations use, such as linear_solver without an iterative method
+            config = compose.compose([f"+{group}@chosen={option}"])
+        check_hydra(config.hydra)
+        try:
+            job = resolve(config)
+        except UsageError as mistake:  # a bare class such as hypergradient=implicit leaves a part to choose
+            if "has no default" not in str(mistake):
+                raise
+            return dict(config)
+    Settings.of(job)
+    check_targets(job)
+    return job
+
+
+# --- conf/ as it is ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("group", "option"), options(CONF))
+def test_every_option_composes(group, option):
+    assert compose_option(CONF, group, option)
+
+
+@pytest.mark.parametrize(("group", "option"), [pair for pair in options(CONF) if described(CONF, *pair)])
+def test_every_file_lists_what_its_class_takes(group, option):
+    said = [line for where, node in described(CONF, group, option) for line in differences(where, node)]
+    assert not said, "\n".join(said)
+
+
+def test_the_main_job_composes():
+    with composer() as compose:
+        job = resolve(compose.compose())
+    assert Settings.of(job).dtype in ("float32", "float64")
+    check_targets(job)
+
+
+def test_every_setting_is_a_key_of_train_yaml():
+    keys = yaml.safe_load((CONF / "train.yaml").read_text()).keys() - {"defaults", "hydra"}
+    assert keys == set(Settings.keys())
+
+
+def test_every_experiment_says_what_it_is():
+    for option in config_groups(CONF).get("experiment", []):
+        lines = (CONF / "experiment" / f"{option}.yaml").read_text().splitlines()
+        assert lines[0] == "# @package _global_", option
+        assert lines[1].startswith("# "), f"{option} has no header: question, reference, expected figure, command"
+
+
+# --- the checks themselves --------------------------------------------------------------------------------------------
+
+PACKAGE = """
+class Linear:
+    def __init__(self, rtol: float = 1e-6, max_steps: int | None = None, spans: tuple[int, ...] = (1, 2)):
+        pass
+class Method:
+    def __init__(self, linear_solver, policy: str = "raise"):
+        pass
+"""
+
+
+@pytest.fixture
+def signatures(tmp_path, monkeypatch):
+    """A module under an allowed prefix of bilevel's own, so that its files are held to its defaults."""
+    (tmp_path / "for_config_test.py").write_text(PACKAGE)
+    monkeypatch.setattr("bilevel.__path__", [*__import__("bilevel").__path__, str(tmp_path)])
+
+
+LINEAR = {"_target_": "bilevel.for_config_test.Linear", "rtol": 1e-6, "max_steps": None, "spans": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, []),
+        ({"rtol": "${other.rtol}"}, []),
+        ({"rtol": 1e-5}, ["a.rtol is 1e-05, and the default"]),
+        ({"max_steps": 3}, ["a.max_steps is 3, and the default"]),
+        ({"spans": [1]}, ["a.spans is [1], and the default"]),
+        ({"zebra": 1}, ["a.zebra is no argument of"]),
+        ({"rtol": None, "spans": (1.0, 2)}, ["a.rtol is None"]),
+    ],
+)
+def test_differences_are_found(change, expected, signatures):
+    said = differences("a", {**LINEAR, **change})
+    assert len(said) == len(expected), said
+    for line, start in zip(said, expected, strict=True):
+        assert line.startswith(start)
+
+
+def test_missing_arguments_are_found(signatures):
+    node = {"_target_": "bilevel.for_config_test.Method", "linear_solver": "???", "policy": "raise"}
+    assert differences("a", node) == []
+    assert differences("a", {**node, "linear_solver": LINEAR}) == []
+    del node["policy"]
+    assert differences("a", node) == ["a lacks policy, an argument of bilevel.for_config_test.Method"]
+    assert differences("a", {"_target_": "torch.optim.SGD", "lr": 0.3}) == []
+    assert differences("a", {"_target_": "torch.optim.SGD", "lrr": 0.3}) == ["a.lrr is no argument of torch.optim.SGD"]
+
+
+def test_nested_nodes_are_found(tmp_path):
+    (tmp_path / "g").mkdir()
+    (tmp_path / "g" / "o.yaml").write_text("a:\n  - _target_: x.Y\n    b:\n      _target_: x.Z\n")
+    assert [where for where, _ in described(tmp_path, "g", "o")] == ["g/o.a.0", "g/o.a.0.b"]
+
+
+def test_an_option_that_does_not_compose_is_found(tmp_path):
+    (tmp_path / "g").mkdir()
+    (tmp_path / "hydra").mkdir()
+    (tmp_path / "train.yaml").write_text(
+        "defaults:\n  - g: good\n  - _self_\nname: a\noutput_dir: b\nhydra:\n  output_subdir: null\n"
+    )
+    (tmp_path / "g" / "good.yaml").write_text("_target_: bilevel.A\n")
+    (tmp_path / "g" / "bad.yaml").write_text("_target_: os.system\n")
+    assert compose_option(tmp_path, "g", "good")["g"] == {"_target_": "bilevel.A"}
+    with pytest.raises(UsageError, match=r"g has the _target_ os\.system"):
+        compose_option(tmp_path, "g", "bad")

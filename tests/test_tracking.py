@@ -1,0 +1,423 @@
+"""Trackers: the primary record is strict and survives a kill; no other tracker can touch a run."""
+
+import errno
+import io
+import json
+import math
+import os
+import random
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from bilevel.errors import UsageError
+from bilevel.tracking import ConsoleTracker, GuardedTracker, JsonlTracker, WandbTracker, read_metrics
+from bilevel.tracking.format import baseline_table, duration, number
+
+
+def start(directory: Path | None = None, step: int = 0, num_steps: int = 100) -> Any:
+    hparams = {"penalty": torch.ones(3)}
+    return SimpleNamespace(
+        config={"name": "digits"}, directory=directory, step=step, num_steps=num_steps, hparams=hparams
+    )
+
+
+def record(step: int, **more: Any) -> dict[str, Any]:
+    return {"step": step, "num_steps": 100, "outer_loss": 1.0 / (step + 1), "receipt.num_mv": 12, **more}
+
+
+def strict(line: str) -> dict[str, Any]:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    return json.loads(line, parse_constant=refuse)
+
+
+# -- metrics.jsonl ----------------------------------------------------------------------------------------------
+
+
+def write(path: Path, first: int, stop: int) -> None:
+    tracker = JsonlTracker(path)
+    tracker.on_start(start(step=first))
+    for step in range(first, stop):
+        tracker.on_step(record(step), {})
+    tracker.on_end({})
+
+
+def test_each_record_is_on_disk_when_its_step_returns(tmp_path: Path) -> None:
+    tracker = JsonlTracker(tmp_path / "new" / "metrics.jsonl")
+    tracker.on_start(start())
+    for step in range(3):
+        tracker.on_step(record(step), {})
+        assert [r["step"] for r in read_metrics(tracker.path)] == list(range(step + 1))
+
+
+def test_lines_are_strict_json_and_non_finite_numbers_come_back(tmp_path: Path) -> None:
+    values = {"a": math.nan, "b": math.inf, "c": -math.inf, "d": [1.0, math.nan], "e": None, "f": "word", "g": True}
+    tracker = JsonlTracker(tmp_path / "metrics.jsonl")
+    tracker.on_start(start())
+    tracker.on_step(record(0, **values), {})
+    (line,) = tracker.path.read_text().splitlines()
+    assert strict(line)["a"] == "NaN" and strict(line)["c"] == "-Infinity"
+    (loaded,) = read_metrics(tracker.path)
+    assert math.isnan(loaded["a"]) and loaded["b"] == math.inf and loaded["c"] == -math.inf
+    assert math.isnan(loaded["d"][1]) and (loaded["e"], loaded["f"], loaded["g"]) == (None, "word", True)
+
+
+@pytest.mark.parametrize("cut", [1, 20, None])
+def test_a_resumed_run_drops_later_records_and_a_torn_line(tmp_path: Path, cut: int | None) -> None:
+    path, whole = tmp_path / "metrics.jsonl", tmp_path / "whole.jsonl"
+    write(whole, 0, 8)
+    write(path, 0, 6)
+    torn = json.dumps(record(6))[:cut]
+    path.write_text(path.read_text() + torn)  # killed while it wrote: no newline
+    write(path, 4, 8)
+    assert path.read_bytes() == whole.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "whole.jsonl"]
+
+
+def test_a_fresh_run_starts_an_empty_file(tmp_path: Path) -> None:
+    write(tmp_path / "metrics.jsonl", 0, 5)
+    write(tmp_path / "metrics.jsonl", 0, 2)
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_damage_before_the_last_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n{"step": \n{"step": 2}\n')
+    with pytest.raises(UsageError, match=r"metrics\.jsonl, but line 2 is"):
+        read_metrics(path)
+    assert read_metrics(tmp_path / "missing.jsonl") == []
+
+
+def test_a_full_disk_stops_the_run_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = JsonlTracker(tmp_path / "metrics.jsonl")
+    tracker.on_start(start())
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"Could not write step 0 .*resume=RUN_DIRECTORY") as caught:
+        tracker.on_step(record(0), {})
+    assert caught.value.errno == errno.ENOSPC
+    tracker.on_end({})  # the trainer still ends its trackers: no second complaint
+
+
+# -- the guard --------------------------------------------------------------------------------------------------
+
+
+class Fragile(GuardedTracker):
+    name = "a fragile tracker"
+
+    def __init__(self, fails_in: str) -> None:
+        self.fails_in, self.calls = fails_in, []
+
+    def call(self, name: str) -> None:
+        self.calls.append(name)
+        if name == self.fails_in:
+            raise RuntimeError("the disk\nis on fire.")
+
+    def start(self, run: Any) -> None:
+        self.call("start")
+
+    def step(self, record: Any, hparams: Any) -> None:
+        self.call("step")
+
+    def end(self, summary: Any) -> None:
+        self.call("end")
+
+    def abandon(self) -> None:
+        self.calls.append("abandon")
+        raise RuntimeError("and so is its extinguisher")
+
+
+@pytest.mark.parametrize(
+    ("fails_in", "calls"),
+    [
+        ("start", ["start", "abandon"]),
+        ("step", ["start", "step", "abandon"]),
+        ("end", ["start", "step", "step", "end", "abandon"]),
+    ],
+)
+def test_the_first_failure_silences_a_tracker(
+    fails_in: str, calls: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = Fragile(fails_in)
+    tracker.on_start(start())
+    tracker.on_step(record(0), {})
+    tracker.on_step(record(1), {})
+    tracker.on_end({})
+    assert tracker.calls == calls
+    sentence = (
+        "Tracking by a fragile tracker stopped, the run goes on without it (RuntimeError: the disk is on fire).\n"
+    )
+    assert capsys.readouterr() == ("", sentence)
+
+
+def test_an_interrupt_is_not_a_failure() -> None:
+    class Interrupted(Fragile):
+        def call(self, name: str) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Interrupted("start").on_start(start())
+
+
+# -- the console ------------------------------------------------------------------------------------------------
+
+
+def play(num_steps: int, stop: int | None = None, first: int = 0, **summary: Any) -> None:
+    tracker = ConsoleTracker()
+    tracker.on_start(start(step=first, num_steps=num_steps))
+    for step in range(first, num_steps if stop is None else stop):
+        tracker.on_step(record(step, num_steps=num_steps, seconds=0.5, eta_seconds=1.0, skipped=step == 7), {})
+    tracker.on_end({"best": {"step": 1, "outer_loss": 0.5}, "wall_seconds": 75.0, **summary})
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 19, 20, 21, 100, 1234])
+def test_a_pipe_gets_about_twenty_aligned_lines(num_steps: int, capsys: pytest.CaptureFixture[str]) -> None:
+    play(num_steps)
+    captured = capsys.readouterr()
+    header, *lines, verdict = captured.out.splitlines()
+    steps = [int(line.split()[0]) for line in lines]
+    assert steps[0] == 0 and steps[-1] == num_steps - 1 and steps == sorted(set(steps))
+    assert min(num_steps, 10) <= len(steps) <= 21 and captured.err == ""
+    assert {len(line.split("  (")[0]) for line in lines} == {len(header)}
+    assert verdict.startswith("best outer loss 0.500000 at step 1") and "1:15" in verdict
+
+
+def test_an_early_stop_prints_its_last_step_and_a_skipped_one_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    play(10, stop=8, stopped_because="the loss was not finite.")
+    *_, last, verdict = capsys.readouterr().out.splitlines()
+    assert last.split()[0] == "7" and last.endswith("(skipped)")
+    assert verdict.endswith("stopped: the loss was not finite")
+
+
+def test_a_resumed_run_continues_its_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    play(100, first=41)
+    assert capsys.readouterr().out.splitlines()[1].split()[0] == "41"
+
+
+def test_missing_and_non_finite_figures_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    tracker = ConsoleTracker()
+    tracker.on_start(start())
+    tracker.on_step({"step": 0, "outer_loss": math.nan, "seconds": None}, {})
+    tracker.on_end({})
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[1].split() == ["0", "nan", *"-----"]
+    assert "best outer loss -" in captured.out and captured.err == ""
+
+
+def test_a_terminal_gets_a_bar_on_stderr(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    play(30)
+    bar = terminal.getvalue()
+    assert "digits" in bar and "30/30" in bar and "products 12" in bar and "ETA 1.0 s" in bar
+    assert len(capsys.readouterr().out.splitlines()) > 10  # stdout is a pipe here: the log file has its lines
+
+
+BASELINE = {
+    "name": "a grid of 100",
+    "columns": ["outer loss", "test accuracy", "fits"],
+    "rows": [["best [shared]", 0.5, None, 100], ["no penalty", math.nan, 0.25, 1]],
+}
+FINAL = {"step": 9, "outer_loss": 0.125, "metrics.test_accuracy": 0.75}
+
+
+def test_the_baseline_stands_beside_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    play(10, name="digits", baseline=BASELINE, final=FINAL)
+    out = capsys.readouterr().out
+    assert "a grid of 100" in out and "best [shared]" in out
+    (own,) = [line for line in out.splitlines() if "digits (this run)" in line]
+    assert own.split("│")[2:5] == ["     0.1250 ", "        0.7500 ", "    - "]
+
+
+def test_a_baseline_whose_columns_the_run_does_not_know_stands_alone() -> None:
+    table = baseline_table({"final": FINAL, "baseline": {**BASELINE, "columns": ["set-up", "x", "y", "z"]}})
+    assert table is not None and table.own is None and table.columns == ("set-up", "x", "y", "z")
+    assert table.rows[0] == ("best [shared]", "0.5000", "-", "100") and len(table.rows) == 2
+    assert baseline_table({}) is None and baseline_table({"baseline": {"name": "x", "rows": []}}) is None
+
+
+def test_figures_are_written_for_people() -> None:
+    assert [number(v) for v in (0, -0.5, 123456.7, 1e-3, 9.99999, 1e30, True, "word", -math.inf)] == [
+        *("0", "-0.5000", "123,457", "0.001000", "10.00", "1.000e+30", "yes", "word", "-inf")
+    ]
+    assert [duration(v) for v in (59.97, 0.0996, 3599.6, math.nan, "x", True)] == ["1:00", "100 ms", "1:00:00", *"---"]
+
+
+def test_too_few_lines_are_refused() -> None:
+    with pytest.raises(UsageError, match="num_lines >= 2"):
+        ConsoleTracker(num_lines=1)
+
+
+# -- wandb ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"mode": "of-line"}, "did you mean 'offline'"),
+        ({"mode": "xyz"}, "'offline' needs no network"),
+        ({"histograms_every": -1}, "histograms_every >= 0"),
+    ],
+)
+def test_bad_wandb_options_are_named(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        WandbTracker(**options)
+
+
+def test_disabled_wandb_is_not_even_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys, types; from bilevel.tracking import WandbTracker; t = WandbTracker(mode='disabled');"
+        "t.on_start(types.SimpleNamespace(step=0)); t.on_step({}, {}); t.on_end({}); assert 'wandb' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=_environment())
+
+
+# A run whose numbers come from the global random states, so that a tracker that draws from them is found out.
+RUN = """
+import os, random, signal, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+import numpy, torch
+from bilevel.tracking import JsonlTracker, WandbTracker
+
+def is_service(folder):
+    try:
+        ours = f"PPid:\\t{os.getpid()}\\n" in (folder / "status").read_text()
+        return ours and "wandb-core" in (folder / "cmdline").read_text()
+    except OSError:  # a process that ended meanwhile
+        return False
+
+directory, mode, first, stop, killed = Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:6])
+random.seed(0), numpy.random.seed(0), torch.manual_seed(0)
+hparams = {"penalty.weight": torch.rand(8) + 0.1, "mix": torch.tensor([-1.0, float("nan")]), "one": torch.ones(())}
+wandb_tracker = WandbTracker(mode=mode, group="g", tags=["t"], histograms_every=2)
+trackers = [JsonlTracker(directory / "metrics.jsonl"), wandb_tracker]
+config = {"name": "x", "a": {"b": 1}}
+start = SimpleNamespace(config=config, directory=directory, step=first, num_steps=8, hparams=hparams)
+for tracker in trackers:
+    tracker.on_start(start)
+for step in range(first, stop):
+    drawn = random.random() + numpy.random.rand() + torch.rand(()).item()
+    record = {"step": step, "num_steps": 8, "outer_loss": drawn, "inner_loss": float("nan"), "x": None}
+    for tracker in trackers:
+        tracker.on_step(record, hparams)
+    if step == killed:
+        services = [int(folder.name) for folder in Path("/proc").glob("[0-9]*") if is_service(folder)]
+        assert services, "wandb's service process was not found"
+        for service in services:
+            os.kill(service, signal.SIGKILL)
+        time.sleep(0.2)
+summary = {"best": {"step": 3, "outer_loss": 0.5}, "final": {}, "baseline": {"name": "b", "rows": [["a", 1]]}}
+for tracker in trackers:
+    tracker.on_end(summary)
+print("the run ended")
+"""
+
+
+def _environment() -> dict[str, str]:
+    root = str(Path(__file__).parents[1])
+    return {key: value for key, value in os.environ.items() if not key.startswith("WANDB")} | {"PYTHONPATH": root}
+
+
+def run(directory: Path, mode: str = "offline", first: int = 0, stop: int = 8, killed: int = -1) -> Any:
+    directory.mkdir(exist_ok=True)
+    command = [sys.executable, "-c", RUN, str(directory), mode, *map(str, (first, stop, killed))]
+    return subprocess.run(
+        command, cwd=directory, env=_environment(), capture_output=True, text=True, timeout=120, check=True
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="finds the service process through /proc")
+def test_wandb_dies_and_the_run_does_not_notice(tmp_path: Path) -> None:
+    plain = run(tmp_path / "plain", mode="disabled")
+    killed = run(tmp_path / "killed", killed=3)
+    assert killed.stdout == plain.stdout == "the run ended\n"
+    (sentence,) = killed.stderr.splitlines()
+    assert sentence.startswith("Tracking by wandb stopped, the run goes on without it (")
+    left, right = (tmp_path / name / "metrics.jsonl" for name in ("plain", "killed"))
+    assert left.read_bytes() == right.read_bytes() and len(read_metrics(left)) == 8
+
+
+def test_wandb_offline_leaves_syncable_folders_under_one_id(tmp_path: Path) -> None:
+    first = run(tmp_path, stop=4)
+    assert (first.stdout, first.stderr) == ("the run ended\n", "")  # and not a word of wandb's own
+    run(tmp_path, first=4)
+    folders = sorted((tmp_path / "wandb").glob("offline-run-*"))
+    identity = (tmp_path / "wandb" / "run_id.txt").read_text().strip()
+    assert folders and all(folder.name.endswith(identity) for folder in folders)
+    rows = [row for folder in folders for row in _history(folder / f"run-{identity}.wandb")]
+    rows = [row for row in rows if "outer_loss" in row]  # the last one is the baseline's
+    assert [row["step"] for row in rows] == list(range(8))
+    sixth, seventh = rows[6:]
+    assert {"hparams/penalty/weight", "hparams_log10/penalty/weight", "outer_loss", "inner_loss"} <= set(sixth)
+    assert not {"x", "hparams/mix", "hparams/one"} & set(sixth)
+    assert "hparams/penalty/weight" in seventh, "the last step has its histograms"
+    metrics = _history(folders[-1] / f"run-{identity}.wandb", "metric")
+    assert any(entry.metric.glob_name == "*" and entry.metric.step_metric == "step" for entry in metrics)
+
+
+def _history(path: Path, kind: str = "history") -> list[Any]:
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found = []
+    for data in _entries(path.read_bytes()):
+        entry = Record()
+        entry.ParseFromString(data)
+        if entry.WhichOneof("record_type") == kind == "history":
+            found.append({i.key or i.nested_key[0]: json.loads(i.value_json) for i in entry.history.item})
+        elif entry.WhichOneof("record_type") == kind:
+            found.append(entry)
+    return found
+
+
+def _entries(data: bytes) -> Iterator[bytes]:
+    """A LevelDB log after seven bytes of wandb's: chunks of (checksum, length, type), none across a 32 KiB block."""
+    place, parts = 7, []
+    while place + 7 <= len(data):
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768
+            continue
+        length, kind = struct.unpack("<HB", data[place + 4 : place + 7])
+        parts.append(data[place + 7 : place + 7 + length])
+        place += 7 + length
+        if kind in (1, 4):  # a whole entry, or the last part of one
+            yield b"".join(parts)
+            parts = []
+
+
+def test_a_service_that_hangs_is_left_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bilevel.tracking import wandb as module
+
+    hang = module.threading.Event()
+    with pytest.raises(TimeoutError, match="did not answer within 1 seconds"):
+        module._within(0.05, hang.wait)
+    hang.set()
+    with pytest.raises(ZeroDivisionError):
+        module._within(5, lambda: 1 / 0)
+
+
+def test_trackers_leave_the_random_states_alone(tmp_path: Path) -> None:
+    random.seed(1)
+    torch.manual_seed(1)
+    before = random.getstate(), torch.get_rng_state()
+    write(tmp_path / "metrics.jsonl", 0, 3)
+    play(5)
+    assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
