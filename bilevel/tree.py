@@ -74,7 +74,7 @@ class Layout:
             return {}
         parts = vector.split(self.sizes, dim=-1)
         return {
-            name: part.reshape(*batch, *shape)
+            name: part.reshape((*batch, *shape))
             for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
         }
 

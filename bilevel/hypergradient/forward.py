@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd import grad
 from torch.func import jvp, vmap
 
 from bilevel.errors import UsageError
@@ -17,6 +18,7 @@ from bilevel.hypergradient.method import (
     HypergradientMethod,
     MethodState,
     inner_value,
+    leaves,
     outer_gradients,
 )
 from bilevel.receipt import Receipt
@@ -65,7 +67,7 @@ class ForwardMode(HypergradientMethod):
         x = params.detach()
         tangents = x.new_zeros(layout.size, *x.shape)
         if not self.warm_start:
-            x, tangents = vmap(lambda moves: jvp(problem.start, (at,), (moves,)), out_dims=(None, 0))(basis)
+            x, tangents = _push_start(problem, at, basis, layout.size)
         with torch.no_grad():
             solver_state = solver.init(x, problem.objective(batches.inner(0)), at)
         state_tangents = {
@@ -103,6 +105,23 @@ class ForwardMode(HypergradientMethod):
         )
         value = inner_value(problem, x, at, batches)
         return Hypergradient(layout.unravel(total), x.detach(), {}, receipt, outer, value)
+
+
+def _push_start(problem: FlatProblem, at: TensorDict, basis: TensorDict, count: int) -> tuple[Tensor, Tensor]:
+    """The starting point and its tangents, by reverse mode twice: `init_params` may draw random numbers but once."""
+    with torch.enable_grad():
+        inputs = leaves(at)
+        x = problem.start(inputs)
+        if not x.requires_grad:
+            return x, x.new_zeros(count, *x.shape)
+        probe = torch.zeros_like(x).requires_grad_()
+        pulled = grad(x, list(inputs.values()), probe, create_graph=True, materialize_grads=True)
+    moving = [(part, basis[name]) for name, part in zip(inputs, pulled, strict=True) if part.requires_grad]
+    rows = [
+        grad([part for part, _ in moving], probe, [moves[index] for _, moves in moving], retain_graph=True)[0]
+        for index in range(count)
+    ]
+    return x.detach(), torch.stack(rows)
 
 
 def _split(state: State) -> tuple[TensorDict, State]:

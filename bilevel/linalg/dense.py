@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import UsageError
+from bilevel.linalg.iterative import worthless_level
 from bilevel.linalg.matrix import MatrixOperator
 from bilevel.linalg.operator import SYMMETRIC, LinearOperator, Tag, as_matrix, norm
 from bilevel.linalg.solver import LinearSolver, check_vector
@@ -47,6 +48,8 @@ class _DenseSolver(LinearSolver):
             given = isinstance(operator, MatrixOperator)
             matrix = operator.matrix if isinstance(operator, MatrixOperator) else as_matrix(operator)
             factor, defect = self.factorise(matrix)
+            finite = matrix.isfinite().all(-1).all(-1)
+            defect = torch.where(finite, defect, Result.nonfinite.code)
         return _State(operator, matrix, factor, defect, 0 if given else n, False)
 
     def factorise(self, matrix: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -79,16 +82,20 @@ class _DenseSolver(LinearSolver):
             value = torch.where(zero | bad.unsqueeze(-1), 0.0, value)
             residual = vector - (state.matrix @ value.unsqueeze(-1)).squeeze(-1)
             result = torch.where(bad, state.defect, Result.converged.code)
+            # A residual that is not even small is the mark of a matrix whose pivots only rounding kept from vanishing.
+            worthless = worthless_level(vector.shape[-1], vector.dtype) * norm(state.operator, vector)
+            residual_norm = norm(state.operator, residual)
+            result = torch.where(~bad & (residual_norm > worthless), Result.singular.code, result)
             result = torch.where(value.isfinite().all(-1) & vector.isfinite().all(-1), result, Result.nonfinite.code)
             result = torch.where(zero.squeeze(-1), Result.converged.code, result)
             nan = torch.full(vector.shape[:-1], torch.nan, dtype=vector.dtype, device=vector.device)
             num_mv = torch.full_like(result, state.num_mv)
-            return Solution(value, result, num_mv, norm(state.operator, residual), nan, nan)
+            return Solution(value, result, num_mv, residual_norm, nan, nan)
 
 
 def _vanishing(pivots: Tensor) -> Tensor:
     """True where the smallest pivot is zero to working precision beside the largest, `(*batch,)`."""
-    eps = torch.finfo(pivots.dtype).eps
+    eps = pivots.shape[-1] * torch.finfo(pivots.dtype).eps
     if pivots.shape[-1] == 0:
         return torch.zeros(pivots.shape[:-1], dtype=torch.bool, device=pivots.device)
     return pivots.amin(-1) <= eps * pivots.amax(-1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import UsageError
-from bilevel.linalg.iterative import IterativeSolver, Progress, System, columns, divide
+from bilevel.linalg.iterative import IterativeSolver, Progress, System, columns, divide, select
 from bilevel.result import Result, full_codes
 
 
@@ -21,6 +21,7 @@ class _Memory(NamedTuple):
     rotations: Tensor  # (*batch, restart, 2)
     target: Tensor  # (*batch, restart + 1), the rotated right-hand side
     position: Tensor  # () steps done in this cycle; the same for all systems
+    begun: Tensor  # (*batch,) position at which a system's cycle began; above 0 after a restart between cycles
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,20 @@ class GMRES(IterativeSolver):
         target[..., 0] = beta
         upper = residual.new_zeros(*batch, length, length)
         rotations = residual.new_zeros(*batch, length, 2)
-        position = torch.zeros((), dtype=torch.int64)
-        return _Memory(x, residual, basis, upper, rotations, target, position)
+        position, begun = torch.zeros((), dtype=torch.int64), torch.zeros_like(beta, dtype=torch.int64)
+        return _Memory(x, residual, basis, upper, rotations, target, position, begun)
+
+    def restart_from(self, system: System, memory: _Memory, mask: Tensor, residual: Tensor) -> _Memory:
+        """A cycle that begins where the others stand, after columns that are zero and rotations that do nothing."""
+        k = int(memory.position)
+        fresh = self._cycle(system, torch.zeros_like(residual), residual)
+        basis, target = torch.zeros_like(memory.basis), torch.zeros_like(memory.target)
+        basis[..., k, :], target[..., k] = fresh.basis[..., 0, :], fresh.target[..., 0]
+        rotations = torch.zeros_like(memory.rotations)
+        rotations[..., 0] = 1.0
+        begun = torch.full_like(memory.begun, k)
+        fresh = fresh._replace(basis=basis, target=target, rotations=rotations, position=memory.position, begun=begun)
+        return select(mask, fresh, memory)
 
     def step(self, system: System, memory: _Memory) -> tuple[_Memory, Progress]:
         """One Arnoldi step and one Givens rotation; after the last of a cycle, the next cycle is set up."""
@@ -84,7 +97,9 @@ class GMRES(IterativeSolver):
                 vector = vector - columns(weight) * basis[..., j, :]
                 column[..., j] += weight
         length = system.norm(vector)
-        length = torch.where(length <= 10 * torch.finfo(length.dtype).eps * gain, 0.0, length)
+        tiny = 10 * torch.finfo(length.dtype).eps
+        scale = torch.maximum(gain, torch.linalg.vector_norm(memory.upper, dim=-2).amax(-1))  # of the columns so far
+        length = torch.where(length <= tiny * scale, 0.0, length)
         column[..., k + 1] = length
         basis[..., k + 1, :] = vector * columns(divide(torch.ones_like(length), length))
         for j in range(k):
@@ -95,21 +110,20 @@ class GMRES(IterativeSolver):
         c, s = divide(column[..., k], pivot), divide(column[..., k + 1], pivot)
         rotations[..., k, 0], rotations[..., k, 1] = c, s
         memory.upper[..., : k + 1, k] = column[..., : k + 1]
-        memory.upper[..., k, k] = pivot
+        # The Krylov space is invariant and the operator singular on it: the column is dead, and says so by its zero.
+        singular = (length == 0) & (pivot <= tiny * scale)
+        memory.upper[..., k, k] = torch.where(singular, 0.0, pivot)
         target[..., k + 1], target[..., k] = -s * target[..., k], c * target[..., k]
         estimate = target[..., k + 1].abs()
-        singular = (pivot <= torch.finfo(pivot.dtype).eps * gain) & (memory.target[..., k + 1] == 0)
-        lucky_but_stuck = (length == 0) & (pivot == 0)
-        status = torch.where(
-            lucky_but_stuck & singular, Result.singular.code, full_codes(Result.running, gain.shape, gain.device)
-        )
+        running = full_codes(Result.running, gain.shape, gain.device)
+        status = torch.where(singular, Result.singular.code, running)
         memory = memory._replace(position=memory.position + 1)
         if k + 1 < target.shape[-1] - 1:
             return memory, Progress(estimate, gain, status)
         x = self.correction(system, memory)
         residual = memory.residual - self._image(memory)
         before, after = system.norm(memory.residual), system.norm(residual)
-        stuck = (after > 0.999 * before) & (status == Result.running.code)
+        stuck = (after > 0.999 * before) & (status == Result.running.code) & (memory.begun == 0)
         status = torch.where(stuck, Result.stagnated.code, status)
         return self._cycle(system, x, residual), Progress(estimate, gain, status)
 

@@ -30,6 +30,14 @@ def rounding_level(n: int, dtype: torch.dtype) -> float:
     return max(8.0, math.sqrt(n)) * torch.finfo(dtype).eps
 
 
+def worthless_level(n: int, dtype: torch.dtype) -> float:
+    """Relative residual above which rounding is no excuse: where the attainable one is larger, `A` is as good as singular.
+
+    The fourth root of the rounding level: a condition number of about 1e11 in float64, 3e4 in float32.
+    """
+    return rounding_level(n, dtype) ** 0.25
+
+
 @dataclass(frozen=True)
 class System:
     """What a method may use: products, the preconditioner, the operator's inner product, and what `init` prepared."""
@@ -87,6 +95,8 @@ def select(mask: Tensor, new: Any, old: Any) -> Any:
     """Field by field, the new memory for the systems in the mask and the old one for the others."""
 
     def pick(fresh: Tensor, stale: Tensor) -> Tensor:
+        if fresh is stale:
+            return stale
         shape = mask.shape + (1,) * (fresh.ndim - mask.ndim)
         return torch.where(mask.reshape(shape), fresh, stale)
 
@@ -99,7 +109,8 @@ class IterativeSolver(LinearSolver):
 
     A system has converged when its true residual is at most `max(rtol ‖b‖ + atol, max(8, √n) eps (‖A‖ ‖x‖ + ‖b‖))`:
     the second term is the backward error of a stable direct solver, below which no residual can be pushed in that
-    precision. Claims of the recurrence are verified by the true residual wherever rounding could have spoilt them, and
+    precision; where it exceeds the fourth root of the rounding level times `‖b‖` it counts no longer, and a system whose
+    iterate has grown so far unsolved is reported as singular. Claims of the recurrence are verified by the true residual wherever rounding could have spoilt them, and
     every 50 steps. A system whose residual has not halved in `max(10 n, 1000)` steps has stagnated.
 
     Args:
@@ -113,6 +124,7 @@ class IterativeSolver(LinearSolver):
     max_steps: int = 1000
 
     products_per_step: ClassVar[int] = 1
+    products_to_start: ClassVar[int] = 0
     residual_may_wait: ClassVar[bool] = False  # True where a residual that does not fall means nothing
 
     def __post_init__(self) -> None:
@@ -142,6 +154,10 @@ class IterativeSolver(LinearSolver):
     def replace_residual(self, memory: Any, residual: Tensor) -> Any:
         """Put the true residual in the place of the recursive one, keeping the directions; for methods that can."""
         return memory
+
+    def restart_from(self, system: System, memory: Any, mask: Tensor, residual: Tensor) -> Any:
+        """Start the systems in the mask anew from the residual; the others go on as they are."""
+        return select(mask, self.start(system, residual), memory)
 
     def operator_of(self, state: Any) -> LinearOperator:
         """The operator that a state was prepared for."""
@@ -187,6 +203,7 @@ class _Run:
         self.solver, self.system = solver, system
         operator = system.operator
         self.level = rounding_level(operator.shape[1], vector.dtype)
+        self.worthless = worthless_level(operator.shape[1], vector.dtype)
         self.scale = norm(operator, vector)  # (*batch,)
         self.result = torch.where(self.scale == 0, Result.converged.code, Result.running.code)
         self.result = torch.where(self.scale.isfinite(), self.result, Result.nonfinite.code)
@@ -220,6 +237,7 @@ class _Run:
             self._finish(self.running & (self.best_norm <= self.tolerance), Result.converged)
         if bool(self.running.any()):
             memory = self.solver.start(self.system, self.first_residual)
+            self.num_mv = self.num_mv + self.solver.products_to_start * self.running
             for number in range(1, self.solver.max_steps + 1):
                 memory, progress = self.solver.step(self.system, memory)
                 self._account(progress)
@@ -240,8 +258,8 @@ class _Run:
     def _judge(self, memory: Any, progress: Progress, number: int) -> Any:
         """Decide which systems are done after a step; verify claims by the true residual; restart false ones."""
         last = number == self.solver.max_steps
-        failed = self.running & (progress.status != Result.running.code)
         broken = self.running & ~progress.estimate.isfinite()
+        failed = self.running & (progress.status != Result.running.code) & ~broken
         claim = torch.zeros_like(self.running)
         if self.tolerance is not None:
             claim = progress.estimate <= torch.maximum(self.tolerance, self.floor)
@@ -267,6 +285,9 @@ class _Run:
             self._finish_least_squares(claim & self.running, residual, true_norm)
         self._finish(failed & self.running, progress.status)
         self._finish(broken & self.running, Result.nonfinite)
+        if self.tolerance is not None:
+            overgrown = looked_at & self.running & (self._rounding(iterate) > self.worthless)
+            self._finish(overgrown, Result.singular)
         false = claim & self.running
         self.strikes = torch.where(false, torch.where(halved, 0, self.strikes + 1), self.strikes)
         self._finish(false & (self.strikes >= MAX_STRIKES), Result.stagnated)
@@ -285,7 +306,8 @@ class _Run:
             mend = self.running & ~false & (true_norm > 100 * self._attainable(iterate))
             memory = select(mend, self.solver.replace_residual(memory, residual), memory)
         if bool((false & self.running).any()):
-            memory = select(false, self.solver.start(self.system, residual), memory)
+            memory = self.solver.restart_from(self.system, memory, false, residual)
+            self.num_mv = self.num_mv + self.solver.products_to_start * (false & self.running)
             self.base = torch.where(columns(false), iterate, self.base)
         return memory
 
@@ -297,8 +319,10 @@ class _Run:
         The recursive residual drifts from the true one by at most about `steps eps (‖A‖ max‖x‖ + ‖b‖)` (van der Vorst
         and Ye, 2000); a claim far above that needs no product to be believed, nor does the end of a budget.
         """
-        drift = 10 * number * self._attainable(iterate)
+        drift = 10 * number * self._rounding(iterate)
         trusted = self.tolerance is None or bool((~looked_at | (progress.estimate > drift)).all())
+        if self.tolerance is not None and progress.optimal is not None:
+            trusted = False  # a least-squares residual is large, and is wanted itself
         plain = progress.status == Result.running.code
         if trusted and not refresh and bool((plain | ~looked_at).all()):
             return None, torch.where(progress.estimate.isfinite(), progress.estimate, torch.inf)
@@ -307,8 +331,13 @@ class _Run:
         true_norm = self.system.norm(residual)
         return residual, torch.where(true_norm.isfinite(), true_norm, torch.inf)
 
-    def _attainable(self, iterate: Tensor) -> Tensor:
+    def _rounding(self, iterate: Tensor) -> Tensor:
+        """Residual that rounding alone may leave at an iterate."""
         return self.level * (self.gain * self.system.norm(iterate) + 1.0)
+
+    def _attainable(self, iterate: Tensor) -> Tensor:
+        """Residual that is accepted because rounding may have left it."""
+        return self._rounding(iterate).clamp(max=self.worthless)
 
     def _optimality(self) -> Tensor:
         """How orthogonal to the range, relative to the operator's norm, a least-squares residual has to be."""

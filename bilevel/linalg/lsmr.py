@@ -8,6 +8,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from bilevel.errors import UsageError
 from bilevel.linalg.iterative import IterativeSolver, Progress, System, columns, divide
 from bilevel.linalg.operator import LinearOperator
 from bilevel.result import Result, Solution, full_codes
@@ -35,9 +36,9 @@ class _Memory(NamedTuple):
 class LSMR(IterativeSolver):
     r"""Least-squares solution `min_x ‖A x - b‖`, by MINRES on the normal equations without forming them.
 
-    Needs no structure and takes any shape `(m, n)`, but products with the transpose, two products a step, and as many
-    steps as a condition number of `κ²` asks for. Ends as `converged` when the residual is small, as `least_squares`
-    when the residual is orthogonal to the range and cannot be made smaller.
+    Needs no structure and takes any shape `(m, n)`, but products with the transpose, two products a step (and one to
+    start), and as many steps as a condition number of `κ²` asks for. Ends as `converged` when the residual is small, as
+    `least_squares` when the residual is orthogonal to the range and cannot be made smaller.
 
     Args:
         rtol: tolerance relative to the right-hand side; None makes `max_steps` a budget.
@@ -55,6 +56,7 @@ class LSMR(IterativeSolver):
 
     square: ClassVar[bool] = False
     products_per_step: ClassVar[int] = 2
+    products_to_start: ClassVar[int] = 1
 
     def init(self, operator: LinearOperator) -> LinearOperator:
         """Any operator will do."""
@@ -71,11 +73,11 @@ class LSMR(IterativeSolver):
     ) -> Solution:
         """Run the loop; a preconditioner is refused, since none of the other solvers' kinds fits a least-squares problem."""
         if preconditioner is not None:
-            raise ValueError("LSMR takes no preconditioner: precondition the operator itself (A @ M), or use GMRES.")
+            raise UsageError("LSMR takes no preconditioner: precondition the operator itself (A @ M), or use GMRES.")
         return super().compute(state, vector, x0=x0, rtol=rtol)
 
     def start(self, system: System, residual: Tensor) -> _Memory:
-        """The first pair of Golub-Kahan vectors; costs one product with the transpose, counted with the first step."""
+        """The first pair of Golub-Kahan vectors; costs one product with the transpose."""
         beta = system.norm(residual)
         u = residual * columns(divide(torch.ones_like(beta), beta))
         v = system.operator.transpose().mv(u)

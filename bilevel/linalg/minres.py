@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from bilevel.linalg.iterative import IterativeSolver, Progress, System, columns, divide
+from bilevel.linalg.iterative import IterativeSolver, Progress, System, columns, divide, rounding_level
 from bilevel.linalg.operator import SYMMETRIC, Tag
 from bilevel.result import Result, full_codes
 
@@ -30,6 +30,7 @@ class _Memory(NamedTuple):
     delta_bar: Tensor
     epsilon: Tensor
     phi_bar: Tensor
+    scale: Tensor  # largest column norm of the tridiagonal matrix so far
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class MINRES(IterativeSolver):
         return _Memory(
             x=zero, residual=residual, v=residual, v_old=zero, z=z, beta=beta, beta_old=none, d=zero, d_old=zero,
             product=zero, product_old=zero, cosine=none - 1, sine=none, delta_bar=none, epsilon=none, phi_bar=beta,
+            scale=none,
         )  # fmt: skip
 
     def step(self, system: System, memory: _Memory) -> tuple[_Memory, Progress]:
@@ -83,19 +85,24 @@ class MINRES(IterativeSolver):
         gamma_bar = m.sine * m.delta_bar - m.cosine * alpha
         gamma = torch.hypot(gamma_bar, beta)
         cosine, sine = divide(gamma_bar, gamma), divide(beta, gamma)
-        phi, phi_bar = cosine * m.phi_bar, sine * m.phi_bar
         inverse_gamma = columns(divide(torch.ones_like(gamma), gamma))
         d = (direction - columns(m.epsilon) * m.d_old - columns(delta) * m.d) * inverse_gamma
         product = (image - columns(m.epsilon) * m.product_old - columns(delta) * m.product) * inverse_gamma
-        residual = m.residual - columns(phi) * product
         square = system.inner(direction, direction)
         gain = divide(system.norm(image), square.sqrt())
-        singular = (gamma <= torch.finfo(gamma.dtype).eps * gain) & (m.phi_bar != 0)
+        # `‖A r‖ / ‖r‖` of the step before: where it vanishes, no step lowers the residual and the operator is singular.
+        slope = torch.hypot(gamma_bar, m.cosine * beta)
+        scale = torch.maximum(m.scale, torch.hypot(alpha, beta))
+        singular = (slope <= 10 * rounding_level(v.shape[-1], v.dtype) * scale) & (m.phi_bar != 0)
+        phi = torch.where(singular, 0.0, cosine * m.phi_bar)
+        phi_bar = torch.where(singular, m.phi_bar, sine * m.phi_bar)
+        residual = m.residual - columns(phi) * product
         status = torch.where(singular, Result.singular.code, full_codes(Result.running, gamma.shape, gamma.device))
         memory = _Memory(
             x=m.x + columns(phi) * d, residual=residual, v=v, v_old=m.v, z=z, beta=beta, beta_old=m.beta, d=d,
             d_old=m.d, product=product, product_old=m.product, cosine=cosine, sine=sine,
             delta_bar=-m.cosine * beta, epsilon=m.sine * beta, phi_bar=phi_bar,
+            scale=scale,
         )  # fmt: skip
         return memory, Progress(system.norm(residual), gain, status, divide(alpha, square))
 

@@ -76,5 +76,7 @@ def _extremes(diagonal: Tensor, off_diagonal: Tensor | None) -> RitzValues:
         first = diagonal[..., :1].expand_as(diagonal[..., 1:])
         replaced = torch.where(dead, first, diagonal[..., 1:])
         matrix = matrix - torch.diag_embed(diagonal) + torch.diag_embed(torch.cat([diagonal[..., :1], replaced], -1))
-    values = torch.linalg.eigvalsh(matrix)
+    broken = ~matrix.isfinite().all(-1).all(-1)  # a non-finite operator: the eigensolver would raise
+    values = torch.linalg.eigvalsh(torch.where(broken[..., None, None], torch.zeros_like(matrix), matrix))
+    values = torch.where(broken.unsqueeze(-1), torch.nan, values)
     return RitzValues(values[..., 0], values[..., -1], num_mv)

@@ -62,17 +62,17 @@ class DigitsGrid:
         seconds = time.perf_counter() - started
         ours, work = summary["best"], summary["work"]
         summary["baseline"] = {
-            "name": "validation loss: scikit-learn's grid and the hypergradient, same split and objective",
-            "columns": ["method", "validation", "test", "test acc.", "penalties", "fits", "inner gradients", "products", "s"],
+            "name": f"cross-entropy: scikit-learn's grid (best penalty {best['penalty']:.3g}) and the hypergradient, same split",
+            "columns": ["method", "validation", "test", "accuracy", "penalties", "fits", "gradients", "mat-vecs", "time (s)"],
             "rows": [
                 [
-                    f"grid of {len(self.penalties)} (best {best['penalty']:.3g})", best["validation_loss"],
-                    best["test_loss"], best["test_accuracy"], 1, len(self.penalties), "-", "-", seconds,
+                    f"grid of {len(self.penalties)}", f"{best['validation_loss']:.6f}", f"{best['test_loss']:.6f}",
+                    f"{best['test_accuracy']:.4f}", 1, len(self.penalties), "-", "-", f"{seconds:.1f}",
                 ],
                 [
-                    f"hypergradient (step {ours['step']})", ours["outer_loss"], ours["metrics.test_loss"],
-                    ours["metrics.test_accuracy"], summary["num_hparams"], summary["num_steps"],
-                    work["inner_gradients"], work["inner_products"] + work["num_mv"], summary["step_seconds"],
+                    f"hypergradient, step {ours['step']}", f"{ours['outer_loss']:.6f}", f"{ours['metrics.test_loss']:.6f}",
+                    f"{ours['metrics.test_accuracy']:.4f}", summary["num_hparams"], summary["num_steps"],
+                    work["inner_gradients"], work["inner_products"] + work["num_mv"], f"{summary['step_seconds']:.1f}",
                 ],
             ],
         }  # fmt: skip

@@ -1,0 +1,166 @@
+"""What every benchmark shares: fair timing, one table, claims that are judged, the machine, and the JSON file.
+
+A benchmark ends with its claims, one a line, and exits with status 1 when one is missed. `--quick` runs a smaller
+version that shows that everything works; its figures are printed and its claims are not judged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Row = dict[str, Any]
+PAUSE = 0.1  # seconds between two timings: lets the idle threads of one library stop spinning before the next one runs
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A figure that must not exceed its target.
+
+    Attributes:
+        name: what is claimed, in a few words.
+        figure: as measured in this run; NaN when it could not be measured, which misses the claim.
+        target: the largest figure that meets it.
+
+    Example:
+        >>> print(Claim("product of the MLP, in gradients", 1.62, 2.0))
+        claim product of the MLP, in gradients: 1.62 (target at most 2): met
+    """
+
+    name: str
+    figure: float
+    target: float
+
+    @property
+    def met(self) -> bool:
+        """Whether the figure is at most the target."""
+        return self.figure <= self.target
+
+    def __str__(self) -> str:
+        verdict = "met" if self.met else "MISSED"
+        return f"claim {self.name}: {self.figure:.3g} (target at most {self.target:.3g}): {verdict}"
+
+
+def parse(description: str, argv: Sequence[str] | None = None, *, device: bool = True) -> argparse.Namespace:
+    """The options that all benchmarks have.
+
+    Args:
+        description: the first line of the help.
+        argv: arguments instead of the command line's.
+        device: whether the benchmark can run elsewhere than on the CPU.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="a smaller version for CI; claims are not judged")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write claims, rows and machine to FILE")
+    if device:
+        parser.add_argument("--device", default="cpu", help="a torch device (default: cpu)")
+    return parser.parse_args(argv)
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], Any]], rounds: int, *, device: str = "cpu", pause: float = PAUSE
+) -> dict[str, float]:
+    """Median seconds of each function; every round runs all of them once, so that drift of the machine hits all alike.
+
+    Args:
+        functions: what to time, by name; each is called once beforehand (compilation, caches).
+        rounds: timed calls of each.
+        device: synchronised before each reading of the clock when it is a CUDA device.
+        pause: seconds of rest before each timed call.
+    """
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    for function in functions.values():
+        function()
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            time.sleep(pause)
+            wait()
+            start = time.perf_counter()
+            function()
+            wait()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def machine(device: str = "cpu") -> Row:
+    """What the figures were measured on."""
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else _cpu_name()
+    return {
+        "device": name,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = (line.partition(":") for line in lines)
+    values = {key.strip(): value.strip() for key, _, value in reversed(list(fields))}
+    return f"{values.get('model name', platform.machine())} (family {values.get('cpu family', '?')}, "\
+           f"model {values.get('model', '?')})"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows as text, columns in order of appearance, numbers with three figures.
+
+    Example:
+        >>> print(table([{"what": "ours", "ms": 41.96}, {"what": "theirs", "ms": 72.5, "note": "1.7 x"}]))
+        what    ms    note
+        ours    42
+        theirs  72.5  1.7 x
+    """
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [columns, *([_cell(row.get(key)) for key in columns] for row in rows)]
+    widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def finish(
+    options: argparse.Namespace, rows: Sequence[Row], claims: Sequence[Claim], facts: Mapping[str, Any] | None = None
+) -> int:
+    """Print the claims, write the JSON file if one was asked for, and return the exit status.
+
+    Args:
+        options: from `parse`.
+        rows: the table, already printed.
+        claims: judged unless `--quick` was given.
+        facts: further entries for the JSON file, for instance the versions of other libraries.
+    """
+    print()
+    if options.quick:
+        print("claims are not judged with --quick")
+        claims = []
+    for claim in claims:
+        print(claim)
+    if options.json is not None:
+        judged = [{**asdict(claim), "met": claim.met} for claim in claims]
+        content = {"claims": judged, "rows": list(rows), "machine": machine(getattr(options, "device", "cpu")), **(facts or {})}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(content, indent=2, allow_nan=True) + "\n")
+    return 0 if all(claim.met for claim in claims) else 1

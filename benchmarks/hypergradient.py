@@ -1,0 +1,158 @@
+"""One hypergradient at equal products, side by side with TorchOpt, higher and JAXopt.
+
+    python -m benchmarks.hypergradient          (peers: pip install 'bilevel[peers]')
+
+The inner solution is given; each library makes 20 steps of conjugate gradient (higher: 20 recorded gradient steps, whose
+backward pass makes 20 products) in float32 on the same tensors, in one process, in rounds. The method is timed whole,
+as a training loop calls it: outer gradient, linear system, mixed product, receipt. TorchOpt and JAXopt spend one
+further product on applying the matrix to a zero start; the ratio that is judged charges them for 20 only.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import Claim, Row, finish, interleaved, parse, table
+from benchmarks.peers import JAX, PEERS, PYTORCH, Hypergradient
+from benchmarks.task import Task
+from bilevel.flat import FlatProblem, StepBatches
+from bilevel.hypergradient import Implicit
+from bilevel.linalg import ConjugateGradient
+from bilevel.solvers import InnerSolver, Objective
+from bilevel.solvers.objective import Hparams
+from bilevel.solvers.solver import State, fresh_state
+from bilevel.tree import TensorDict
+
+PRODUCTS = 20
+EXTRA = {"TorchOpt custom_root": 1, JAX: 1}  # products beyond the steps
+OURS, FLOOR = "bilevel", "matrix products alone"
+SMALL, LARGE = ((64, 64, 64, 10), 800), ((784, 512, 512, 10), 2000)
+
+
+@dataclass(frozen=True)
+class Given(InnerSolver):
+    """The inner solver of a problem that is solved already: hands back its start."""
+
+    def init(self, params: Tensor, loss: Objective, hparams: Hparams) -> State:
+        """Nothing."""
+        return fresh_state(params)
+
+    def step(self, params: Tensor, state: State, loss: Objective, hparams: Hparams) -> tuple[Tensor, State]:
+        """Stationary at once."""
+        return params, {**state, "stationarity": torch.zeros_like(state["stationarity"])}
+
+
+def ours(task: Task, num_steps: int) -> Hypergradient:
+    """`Implicit` with a budget of conjugate gradient steps."""
+    method = Implicit(linear_solver=ConjugateGradient(rtol=None, max_steps=num_steps))
+    flat = FlatProblem.of(task.problem, task.decay)
+    params, batches = flat.layout.ravel(task.params), StepBatches(task.problem, 0)
+
+    def compute() -> TensorDict:
+        result = method.compute(flat, Given(), params, task.decay, batches, {})
+        assert result.receipt.num_mv == num_steps, "conjugate gradient ended early: the work is not the same"
+        return result.gradient
+
+    return compute
+
+
+def floor(task: Task, num_products: int) -> Hypergradient:
+    """The matrix products that nobody gets around: two for the first layer and six for each other one, a product.
+
+    Twice two and three more for the inner and the outer gradient; the mixed product costs none for a weight decay.
+    """
+    rows, layers = len(task.problem.train_inputs), [v for v in task.params.values() if v.ndim == 2]
+    operands = [(torch.ones(rows, w.shape[1]).to(w), w, torch.ones(rows, w.shape[0]).to(w)) for w in layers]
+
+    def times(count: int, inputs: Tensor, weight: Tensor, outputs: Tensor) -> None:
+        for number in range(count):  # in equal parts forward, to the weights, to the inputs
+            if number % 3 == 0 and (count > 2 or number == 0):
+                inputs @ weight.T
+            elif number % 3 == 1:
+                outputs.T @ inputs
+            else:
+                outputs @ weight
+
+    def compute() -> TensorDict:
+        for number, (inputs, weight, outputs) in enumerate(operands):
+            for _ in range(num_products):
+                times(6 if number else 2, inputs, weight, outputs)
+            for _ in range(2):
+                times(3 if number else 2, inputs, weight, outputs)
+        return {}
+
+    return compute
+
+
+def find_peers(task: Task) -> tuple[dict[str, Hypergradient], dict[str, str]]:
+    """The peers that are installed, and for each of the others why it is not run."""
+    found: dict[str, Hypergradient] = {}
+    missing: dict[str, str] = {}
+    for name, build in PEERS.items():
+        try:
+            found[name] = build(task, PRODUCTS)
+        except ImportError as error:
+            missing[name] = f"not installed ({error.name or error})"
+    return found, missing
+
+
+def difference(mine: TensorDict, theirs: TensorDict) -> float:
+    """Norm of the difference over the norm of theirs."""
+    pairs = [(mine[name].cpu(), theirs[name].cpu()) for name in theirs]
+    gap = torch.cat([(a - b).flatten() for a, b in pairs]).norm()
+    return float(gap / torch.cat([b.flatten() for _, b in pairs]).norm())
+
+
+def measure(task: Task, rounds: int, device: str) -> list[Row]:
+    """One row for each library."""
+    peers, missing = find_peers(task)
+    functions = {OURS: ours(task, PRODUCTS), **peers, FLOOR: floor(task, PRODUCTS)}
+    seconds = interleaved(functions, rounds, device=device)
+    wide = task.double()
+    mine = ours(wide, PRODUCTS)()
+    rows: list[Row] = []
+    for name in functions:
+        spent = PRODUCTS + EXTRA.get(name, 0)
+        at_equal = seconds[name] * PRODUCTS / spent
+        row = {"problem": task.name, "library": name, "bilevel / it": seconds[OURS] / at_equal,
+               "ms": 1e3 * seconds[name], "products": spent, "ms for 20 products": 1e3 * at_equal}  # fmt: skip
+        if name in peers:
+            row["difference (float64)"] = difference(mine, PEERS[name](wide, PRODUCTS)())
+        rows.append(row)
+    return rows + [{"problem": task.name, "library": name, "note": why} for name, why in missing.items()]
+
+
+def make_claims(size: str, rows: list[Row], jax_target: float) -> list[Claim]:
+    """The claims for one size; a peer that is not installed misses its claim."""
+    ratios = {row["library"]: row.get("bilevel / it", torch.nan) for row in rows}
+    differences = {row["library"]: row.get("difference (float64)", torch.nan) for row in rows}
+    fastest = max((ratios[name] for name in PYTORCH), default=torch.nan)
+    if any(ratios[name] != ratios[name] for name in PYTORCH):
+        fastest = torch.nan
+    return [
+        Claim(f"time over the fastest PyTorch peer's, {size}", fastest, 1.0),
+        Claim(f"time over JAXopt's, {size}", ratios[JAX], jax_target),
+        Claim(f"difference from JAXopt's numbers in float64, {size}", differences[JAX], 1e-6),
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure both sizes."""
+    options = parse(str(__doc__).splitlines()[0], argv)
+    if options.quick:
+        small = measure(Task.make((16, 16, 16, 4), 200, 100, options.device), 3, options.device)
+        large: list[Row] = []
+    else:
+        small = measure(Task.make(*SMALL, 100, options.device), 21, options.device)
+        large = measure(Task.make(*LARGE, 30, options.device), 7, options.device)
+    print(table(small + large))
+    claims = [] if options.quick else make_claims("small", small, 1.5) + make_claims("large", large, 1.1)
+    return finish(options, small + large, claims)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

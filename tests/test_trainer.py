@@ -1,0 +1,273 @@
+"""The outer loop: steps, clipping, early stopping, non-finite hypergradients, fit, bad input."""
+
+import functools
+import math
+
+import pytest
+import torch
+
+import bilevel
+from bilevel.constraints import Box, Positive, Simplex
+from bilevel.errors import UsageError
+from bilevel.hypergradient import Implicit, Unrolled
+from bilevel.linalg import ConjugateGradient
+from bilevel.problem import Problem
+from bilevel.solvers import LBFGS, GradientDescent, NewtonCG
+from bilevel.trainer import Callback, Trainer, fit, run
+from bilevel.trainer.state import set_up
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+class Shrink(Problem):
+    """Solution `w = target / (1 + penalty)`; best where `w = 1`, so at `penalty = target - 1`."""
+
+    constraints = {"penalty": Positive()}
+
+    def __init__(self, start=5.0, target=3.0, dimension=4):
+        self.start, self.target, self.dimension = start, target, dimension
+
+    def init_hparams(self):
+        return {"penalty": torch.tensor(self.start)}
+
+    def init_params(self, hparams):
+        return {"w": torch.zeros(self.dimension)}
+
+    def inner_loss(self, params, hparams, batch):
+        w = params["w"]
+        return ((w - self.target).square().sum() + hparams["penalty"] * w.square().sum()) / 2
+
+    def outer_loss(self, params, hparams, batch):
+        return (params["w"] - 1).square().sum()
+
+
+SGD = functools.partial(torch.optim.SGD, lr=1e-1)
+
+
+class Record(Callback):
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.calls, self.natural = [], []
+
+    def on_start(self, run):
+        self.calls.append(("start", run.step, run.num_steps))
+
+    def on_step(self, record, hparams):
+        self.calls.append(("step", record["step"]))
+        self.natural.append(hparams["penalty"].clone())
+
+    def on_end(self, summary):
+        self.calls.append(("end", summary["stopped_because"]))
+
+
+def test_fit_finds_the_known_optimum_and_reports_every_step():
+    callback = Record()
+    result = fit(Shrink(), num_steps=80, callbacks=[callback])
+    assert float(result.hparams["penalty"]) == pytest.approx(2.0, rel=1e-2)
+    torch.testing.assert_close(result.params["w"], torch.ones(4), rtol=1e-2, atol=0)
+    assert [record["step"] for record in result.history] == list(range(80))
+    assert callback.calls[0] == ("start", 0, 80) and callback.calls[-1] == ("end", "all steps were made")
+    assert result.summary["best"]["outer_loss"] == min(record["outer_loss"] for record in result.history)
+    assert result.history[0]["hparams.penalty"] == pytest.approx(5.0)
+
+
+def test_a_step_moves_the_logarithm_by_the_chain_rule():
+    """With SGD: raw = log penalty moves by lr * penalty * dL/dpenalty, in closed form."""
+    callback = Record()
+    fit(Shrink(), optimizer=SGD, num_steps=2, callbacks=[callback], solver=NewtonCG(atol=1e-12))
+    penalty, target = 5.0, 3.0
+    w = target / (1 + penalty)
+    slope = 4 * 2 * (w - 1) * (-target / (1 + penalty) ** 2)
+    expected = math.exp(math.log(penalty) - 0.1 * penalty * slope)
+    assert float(callback.natural[1]) == pytest.approx(expected, rel=1e-10)
+
+
+def test_clipping_bounds_the_step_in_raw_coordinates():
+    callback = Record()
+    trainer = Trainer(num_steps=2, clip_norm=0.01)
+    fit(Shrink(), optimizer=functools.partial(torch.optim.SGD, lr=1.0), trainer=trainer, callbacks=[callback])
+    moved = callback.natural[1].log() - callback.natural[0].log()
+    assert float(moved.abs()) == pytest.approx(0.01, rel=1e-4)
+
+
+def test_schedulers_change_the_learning_rate():
+    half = functools.partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5)
+    result = fit(Shrink(), optimizer=SGD, scheduler=half, num_steps=4)
+    assert [record["learning_rate"] for record in result.history] == pytest.approx([0.1, 0.05, 0.025, 0.0125])
+
+
+def test_early_stopping_counts_steps_without_improvement():
+    trainer = Trainer(num_steps=500, patience=4)
+    result = fit(Shrink(), optimizer=functools.partial(torch.optim.Adam, lr=0.5), trainer=trainer)
+    assert result.summary["stopped_because"] == "no better outer loss in 4 steps"
+    assert result.history[-1]["step"] - result.summary["best"]["step"] == 4
+
+
+def test_warm_starts_save_inner_work():
+    cold = fit(Shrink(), hypergradient=Implicit(warm_start=False), solver=GradientDescent(learning_rate=0.05), num_steps=10)
+    warm = fit(Shrink(), hypergradient=Implicit(warm_start=True), solver=GradientDescent(learning_rate=0.05), num_steps=10)
+    assert warm.summary["work"]["inner_steps"] < 0.9 * cold.summary["work"]["inner_steps"]
+    assert float(warm.hparams["penalty"]) == pytest.approx(float(cold.hparams["penalty"]), rel=1e-4)
+
+
+class Broken(Shrink):
+    """The outer loss is NaN in the steps named."""
+
+    def __init__(self, bad):
+        super().__init__()
+        self.bad = bad
+        self.outer_batches = lambda step, _: torch.tensor(float("nan") if step in bad else 0.0)
+
+    def outer_loss(self, params, hparams, batch):
+        return (params["w"] - 1).square().sum() + batch * params["w"].sum()
+
+
+def test_a_non_finite_hypergradient_is_never_applied_and_poisons_nothing():
+    callback = Record()
+    result = fit(Broken(bad={2, 3, 5}), num_steps=8, optimizer=SGD, callbacks=[callback])
+    assert [record["skipped"] for record in result.history] == [step in {2, 3, 5} for step in range(8)]
+    assert all(float(value) == value and math.isfinite(float(value)) for value in callback.natural)
+    assert callback.natural[3] == callback.natural[2] and callback.natural[4] == callback.natural[2]
+    assert callback.natural[5] != callback.natural[4]
+    assert math.isfinite(result.summary["best"]["outer_loss"])
+
+
+def test_three_non_finite_hypergradients_in_a_row_stop_the_run_with_the_reason():
+    result = fit(Broken(bad={2, 3, 5, 6, 7, 8}), num_steps=20)
+    assert result.summary["stopped_because"] == "3 non-finite hypergradients in a row; none was applied"
+    assert result.history[-1]["step"] == 7
+
+
+class Weighted(Problem):
+    """A mixture of two losses with weights on the simplex and a temperature in a box."""
+
+    constraints = {"mix": Simplex(), "scale": Box(0.5, 2.0)}
+
+    def init_hparams(self):
+        return {"mix": torch.tensor([0.2, 0.5, 0.3]), "scale": {"first": torch.tensor(1.0), "second": torch.tensor(1.5)}}
+
+    def init_params(self, hparams):
+        return {"w": torch.zeros(3)}
+
+    def inner_loss(self, params, hparams, batch):
+        targets = torch.eye(3)
+        errors = (params["w"] - targets).square().sum(-1)
+        return (hparams["mix"] * errors).sum() + 0.1 * hparams["scale.first"] * params["w"].square().sum()
+
+    def outer_loss(self, params, hparams, batch):
+        return (params["w"] - torch.tensor([0.6, 0.1, 0.2])).square().sum() + 0.01 * hparams["scale.second"] ** 2
+
+
+def test_typed_hyperparameters_stay_in_their_sets_under_dotted_names():
+    result = fit(Weighted(), num_steps=60)
+    assert set(result.hparams) == {"mix", "scale.first", "scale.second"}
+    assert float(result.hparams["mix"].sum()) == pytest.approx(1.0) and float(result.hparams["mix"].min()) > 0
+    for name in ("scale.first", "scale.second"):
+        assert 0.5 < float(result.hparams[name]) < 2.0
+    assert result.history[-1]["outer_loss"] < 0.3 * result.history[0]["outer_loss"]
+
+
+def test_minibatches_reach_the_neighbourhood_of_the_optimum():
+    class Noisy(Shrink):
+        def __init__(self):
+            super().__init__()
+            from bilevel.data import Minibatches
+
+            self.noise = torch.randn(200, generator=torch.Generator().manual_seed(0))
+            self.noise -= self.noise.mean()
+            self.inner_batches = Minibatches(200, 50, seed=1)
+
+        def inner_loss(self, params, hparams, batch):
+            target = self.target + self.noise[batch].mean()
+            w = params["w"]
+            return ((w - target).square().sum() + hparams["penalty"] * w.square().sum()) / 2
+
+    solver = GradientDescent(learning_rate=0.1, max_steps=60, atol=0.0)
+    result = fit(Noisy(), solver=solver, num_steps=80)
+    assert float(result.history[-1]["hparams.penalty"]) == pytest.approx(2.0, rel=0.25)
+    with pytest.raises(UsageError, match="LBFGS needs the full batch.*minibatches"):
+        fit(Noisy(), solver=LBFGS())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"init_hparams": lambda self: {}}, "returned no hyperparameter"),
+        ({"init_hparams": lambda self: {"penalty": torch.tensor(1)}}, "floating-point, but is torch.int64"),
+        ({"init_hparams": lambda self: {"penalty": 1.0}}, "'penalty' was expected to be a tensor, but is a float"),
+        ({"init_hparams": lambda self: {"penalty": torch.tensor(-1.0)}}, "'penalty' was expected to be above 0"),
+        ({"init_hparams": lambda self: {"penalti": torch.tensor(1.0)}}, r"constraints name 'penalty'.*\['penalti'\]"),
+        ({"init_hparams": lambda self: {"a": torch.ones(()), "a.b": torch.ones(()), "penalty": torch.ones(())}}, "'a' is a tensor and also"),
+        ({"inner_loss": lambda self, p, h, b: h["penalty"] * p["w"] ** 2}, r"inner_loss was expected to return a scalar.*\(4,\)"),
+        ({"inner_loss": lambda self, p, h, b: (p["w"].sum() * h["penalty"]) / 0.0}, "inner_loss is nan at the starting point"),
+        ({"outer_loss": lambda self, p, h, b: p["w"]}, "outer_loss was expected to return a scalar"),
+        ({"outer_loss": lambda self, p, h, b: p["w"].sum() * 0.0}, "whole hypergradient of 'penalty' is exactly zero"),
+    ],
+)  # fmt: skip
+def test_bad_problems_get_one_sentence(change, message):
+    problem = type("Changed", (Shrink,), change)()
+    with pytest.raises(UsageError, match=message) as caught:
+        fit(problem, num_steps=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_disconnected_hyperparameter_is_named_before_anything_is_written(tmp_path):
+    class Disconnected(Shrink):
+        def init_hparams(self):
+            return {"penalty": torch.tensor(5.0), "rate": torch.tensor(0.1)}
+
+    directory = tmp_path / "run"
+    with pytest.raises(UsageError, match="'rate' gets no hypergradient from Implicit.*unrolled"):
+        run(Disconnected(), GradientDescent(learning_rate="rate"), Implicit(), SGD, Trainer(), directory)
+    assert not directory.exists()
+    learned = fit(Disconnected(), solver=GradientDescent(learning_rate="rate", max_steps=5, atol=0.0), hypergradient=Unrolled(), num_steps=1)
+    assert "hparams.rate" in learned.history[0]
+
+
+@pytest.mark.parametrize("name", ["num_steps", "checkpoint_every", "keep_checkpoints", "max_nonfinite", "patience", "clip_norm"])
+def test_trainer_refuses_numbers_that_make_no_sense(name):
+    with pytest.raises(UsageError, match=f"trainer.{name} must be"):
+        Trainer(**{name: 0})
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam", "AdamW", "RMSprop", "Rprop", "Adagrad", "NAdam", "LBFGS"])
+def test_any_torch_optimiser_serves_and_its_state_survives_a_checkpoint(optimizer, tmp_path):
+    """Half of the steps, a saved state, the other half: bitwise what all the steps give."""
+    from bilevel.trainer.checkpoint import load_checkpoint, save_checkpoint
+
+    make = getattr(torch.optim, optimizer)
+    factory = functools.partial(make, lr=0.05, **({"max_iter": 1} if optimizer == "LBFGS" else {}))
+    scheduler = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=8)
+    method = Implicit(linear_solver=ConjugateGradient(rtol=1e-8), warm_start_linear=True)
+    trainer = Trainer(num_steps=8)
+
+    def fresh():
+        return set_up(Shrink(), GradientDescent(learning_rate=0.05, max_steps=20), method, factory, scheduler)
+
+    setup, whole = fresh()
+    for _ in trainer.steps(setup, whole):
+        pass
+    setup, half = fresh()
+    steps = trainer.steps(setup, half)
+    for _ in range(4):
+        next(steps)
+    save_checkpoint(tmp_path, half.step, half.save())
+    setup, rest = fresh()
+    rest.load(load_checkpoint(tmp_path)[0])
+    for _ in trainer.steps(setup, rest):
+        pass
+    assert rest.step == whole.step == 8
+    assert torch.equal(rest.raw["penalty"], whole.raw["penalty"]) and torch.equal(rest.params, whole.params)
+
+
+def test_the_public_names_are_there_and_lazy():
+    for name in bilevel.__all__:
+        assert getattr(bilevel, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        bilevel.nonsense  # noqa: B018 - the access is the test
