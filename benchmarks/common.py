@@ -114,8 +114,10 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
     fields = (line.partition(":") for line in lines)
     values = {key.strip(): value.strip() for key, _, value in reversed(list(fields))}
-    return f"{values.get('model name', platform.machine())} (family {values.get('cpu family', '?')}, "\
-           f"model {values.get('model', '?')})"
+    return (
+        f"{values.get('model name', platform.machine())} (family {values.get('cpu family', '?')}, "
+        f"model {values.get('model', '?')})"
+    )
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -130,7 +132,9 @@ def table(rows: Sequence[Row]) -> str:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [columns, *([_cell(row.get(key)) for key in columns] for row in rows)]
     widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
+    )
 
 
 def _cell(value: Any) -> str:
@@ -160,7 +164,12 @@ def finish(
         print(claim)
     if options.json is not None:
         judged = [{**asdict(claim), "met": claim.met} for claim in claims]
-        content = {"claims": judged, "rows": list(rows), "machine": machine(getattr(options, "device", "cpu")), **(facts or {})}
+        content = {
+            "claims": judged,
+            "rows": list(rows),
+            "machine": machine(getattr(options, "device", "cpu")),
+            **(facts or {}),
+        }
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(content, indent=2, allow_nan=True) + "\n")
     return 0 if all(claim.met for claim in claims) else 1

@@ -111,5 +111,8 @@ class Task:
     @property
     def name(self) -> str:
         """Its sizes."""
-        widths = [self.problem.train_inputs.shape[1], *(len(value) for name, value in self.params.items() if "bias" in name)]
+        widths = [
+            self.problem.train_inputs.shape[1],
+            *(len(value) for name, value in self.params.items() if "bias" in name),
+        ]
         return f"{'-'.join(map(str, widths))}, n = {len(self.problem.train_inputs):,}"

@@ -64,7 +64,9 @@ class FlatProblem:
         """Outer loss of each task, `(*batch,)`."""
         return self._over_tasks(self.problem.outer_loss, "outer_loss", batch)(params, hparams)
 
-    def _over_tasks(self, function: Loss, scalar: str | None, batch: Any) -> Callable[[Tensor, Mapping[str, Tensor]], Tensor]:
+    def _over_tasks(
+        self, function: Loss, scalar: str | None, batch: Any
+    ) -> Callable[[Tensor, Mapping[str, Tensor]], Tensor]:
         def single(x: Tensor, hparams: Mapping[str, Tensor], data: Any) -> Tensor:
             value = function(self.layout.unravel(x), hparams, data)
             if scalar is not None and (not isinstance(value, Tensor) or value.ndim != 0):

@@ -59,7 +59,9 @@ class Problem:
 
     def init_hparams(self) -> Mapping[str, Any]:
         """Starting hyperparameters in natural units; may be nested, names become dotted."""
-        raise UsageError(f"{type(self).__name__} needs a method init_hparams(self) that returns a dictionary of tensors.")
+        raise UsageError(
+            f"{type(self).__name__} needs a method init_hparams(self) that returns a dictionary of tensors."
+        )
 
     def init_params(self, hparams: Mapping[str, Tensor]) -> Mapping[str, Any]:
         """Starting point of the inner solve, for one task; may depend on the hyperparameters."""

@@ -41,7 +41,8 @@ def seed_everything(seed: int) -> None:
 
 def get_state() -> dict[str, Any]:
     """The state of the global generators as tensors and plain numbers, for a checkpoint."""
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state: Any = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, cached = state
     version, words, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),

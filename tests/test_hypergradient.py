@@ -75,7 +75,9 @@ class Ridge(Problem):
             w = torch.linalg.solve(self.x.T @ self.x + torch.diag(penalty), self.x.T @ (self.y + shift))
             return self.outer_loss({"w": w}, {"penalty": penalty, "shift": shift}, None)
 
-        return dict(zip(("penalty", "shift"), grad(loss, argnums=(0, 1))(hparams["penalty"], hparams["shift"]), strict=True))
+        return dict(
+            zip(("penalty", "shift"), grad(loss, argnums=(0, 1))(hparams["penalty"], hparams["shift"]), strict=True)
+        )
 
 
 class Logistic(Ridge):
@@ -99,7 +101,11 @@ class Network(Ridge):
 
     def inner_loss(self, params, hparams, batch):
         residual = self.predict(params, self.x) - self.y - hparams["shift"]
-        decay = (hparams["penalty"] * params["w1"].square()).sum() + params["w2"].square().sum() + params["b"].square().sum()
+        decay = (
+            (hparams["penalty"] * params["w1"].square()).sum()
+            + params["w2"].square().sum()
+            + params["b"].square().sum()
+        )
         return residual.square().mean() + 0.1 * decay
 
     def outer_loss(self, params, hparams, batch):
@@ -207,7 +213,9 @@ def test_identity_one_step_and_darts_equal_their_formulas():
         return x - rate * grad(lambda z: loss(z, h))(x)
 
     one = compute(problem, OneStep(warm_start=False), solver)
-    close(one.gradient, grad(lambda h: outer(stepped(h), h) - outer(stepped(hparams).detach(), hparams))(hparams), 1e-12)
+    close(
+        one.gradient, grad(lambda h: outer(stepped(h), h) - outer(stepped(hparams).detach(), hparams))(hparams), 1e-12
+    )
 
     xi, radius = 0.07, 0.02
     virtual = x - xi * grad(lambda z: loss(z, hparams))(x)
@@ -284,10 +292,22 @@ def test_solver_options_and_starting_points_are_learned_by_unrolled_and_forward(
 @pytest.mark.parametrize(
     ("method", "solver", "message"),
     [
-        (Implicit(), GradientDescent(learning_rate="rate"), "'rate' gets no hypergradient.*option of the inner solver.*unrolled"),
-        (Unrolled(warm_start=True), GradientDescent(learning_rate="rate"), "'init.w'.*starting point.*warm_start=false"),
+        (
+            Implicit(),
+            GradientDescent(learning_rate="rate"),
+            "'rate' gets no hypergradient.*option of the inner solver.*unrolled",
+        ),
+        (
+            Unrolled(warm_start=True),
+            GradientDescent(learning_rate="rate"),
+            "'init.w'.*starting point.*warm_start=false",
+        ),
         (Implicit(), GradientDescent(), "'rate' is used nowhere"),
-        (OneStep(), GradientDescent(learning_rate="rate"), "'init.w'.*starting point.*unrolled or hypergradient=forward"),
+        (
+            OneStep(),
+            GradientDescent(learning_rate="rate"),
+            "'init.w'.*starting point.*unrolled or hypergradient=forward",
+        ),
     ],
 )
 def test_hyperparameters_out_of_reach_are_named_with_a_method_that_reaches_them(method, solver, message):
@@ -365,7 +385,11 @@ class Equilibrium(Problem):
         return (params["x"] - 1).square().sum()
 
 
-@pytest.mark.parametrize("linear", [GMRES(**TIGHT), BiCGStab(**TIGHT), LSMR(**TIGHT), DenseLU(), NeumannSeries(1e-13, 0.0, 5000, 1.0)], ids=name_of)
+@pytest.mark.parametrize(
+    "linear",
+    [GMRES(**TIGHT), BiCGStab(**TIGHT), LSMR(**TIGHT), DenseLU(), NeumannSeries(1e-13, 0.0, 5000, 1.0)],
+    ids=name_of,
+)
 def test_an_optimality_that_is_no_gradient(linear):
     problem = Equilibrium()
 
@@ -398,11 +422,18 @@ def test_receipts_tell_what_was_done():
 def test_an_indefinite_hessian_is_reported_not_hidden():
     class Saddle(Ridge):
         def inner_loss(self, params, hparams, batch):
-            return -params["w"].square().sum() + (hparams["penalty"] * params["w"]).sum() + hparams["shift"] * params["w"].sum()
+            return (
+                -params["w"].square().sum()
+                + (hparams["penalty"] * params["w"]).sum()
+                + hparams["shift"] * params["w"].sum()
+            )
 
     result = compute(Saddle(), Implicit(), GradientDescent(max_steps=1))
     assert result.receipt.linear_result == "negative_curvature" and result.receipt.curvature_min < 0
-    assert compute(Saddle(), Implicit(linear_solver=MINRES()), GradientDescent(max_steps=1)).receipt.linear_result == "converged"
+    assert (
+        compute(Saddle(), Implicit(linear_solver=MINRES()), GradientDescent(max_steps=1)).receipt.linear_result
+        == "converged"
+    )
 
 
 def test_warm_started_linear_solves_take_fewer_products():
@@ -410,7 +441,9 @@ def test_warm_started_linear_solves_take_fewer_products():
     hparams = problem.init_hparams()
     flat = FlatProblem.of(problem, hparams)
     start = flat.start(hparams)
-    first = method.compute(flat, NEWTON, start, hparams, StepBatches(problem, 0), method.init(flat, NEWTON, start, hparams))
+    first = method.compute(
+        flat, NEWTON, start, hparams, StepBatches(problem, 0), method.init(flat, NEWTON, start, hparams)
+    )
     second = method.compute(flat, NEWTON, first.params, hparams, StepBatches(problem, 1), first.state)
     assert second.receipt.num_mv <= 2 < first.receipt.num_mv
     close(second.gradient, first.gradient, 1e-7)

@@ -38,7 +38,7 @@ def _float64():
 
 
 def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def symmetric(*shape, seed=0):
@@ -146,7 +146,7 @@ def test_a_product_costs_no_new_graph_and_leaves_none_behind():
 def test_hessian_and_jacobian_take_graphs_that_exist_already():
     point = normal(2, 4).requires_grad_()
     (gradient,) = torch.autograd.grad(scalar(point).sum(), point, create_graph=True)
-    expected = cases(())["hessian"][1].new_tensor(rowwise(lambda x: torch.autograd.functional.hessian(scalar, x), point.detach()))
+    expected = rowwise(lambda x: torch.autograd.functional.hessian(scalar, x), point.detach())
     torch.testing.assert_close(as_matrix(HessianOperator.from_gradient(gradient, point)), expected)
     jacobian = rowwise(lambda x: torch.autograd.functional.jacobian(function, x), point.detach())
     torch.testing.assert_close(as_matrix(JacobianOperator.from_output(function(point), point)), jacobian)
@@ -167,29 +167,34 @@ def test_a_function_that_does_not_depend_on_the_point_has_zero_derivatives():
     assert torch.equal(jacobian.transpose().mv(torch.ones(3, 2)), torch.zeros(3, 4))
 
 
+def eye(tags=NO_TAGS):
+    return MatrixOperator(torch.eye(2), tags)
+
+
+DIAGONAL = frozenset({Tag.diagonal})
 TAG_TABLE = {
-    "matrix": (lambda: MatrixOperator(torch.eye(2)), NO_TAGS),
-    "nothing is inferred": (lambda: MatrixOperator(torch.eye(2)).transpose(), NO_TAGS),
-    "diagonal": (lambda: DiagonalOperator(torch.ones(2)), SYMMETRIC | {Tag.diagonal}),
-    "positive diagonal": (lambda: DiagonalOperator(torch.ones(2), POSITIVE_DEFINITE), POSITIVE_DEFINITE | {Tag.diagonal}),
-    "identity": (lambda: IdentityOperator(2), POSITIVE_DEFINITE | {Tag.diagonal}),
+    "matrix": (lambda: eye(), NO_TAGS),
+    "nothing is inferred": (lambda: eye().transpose(), NO_TAGS),
+    "diagonal": (lambda: DiagonalOperator(torch.ones(2)), SYMMETRIC | DIAGONAL),
+    "positive diagonal": (lambda: DiagonalOperator(torch.ones(2), POSITIVE_DEFINITE), POSITIVE_DEFINITE | DIAGONAL),
+    "identity": (lambda: IdentityOperator(2), POSITIVE_DEFINITE | DIAGONAL),
     "hessian": (lambda: HessianOperator(scalar, normal(4)), SYMMETRIC),
     "convex hessian": (lambda: HessianOperator(scalar, normal(4), POSITIVE_DEFINITE), POSITIVE_DEFINITE),
     "jacobian": (lambda: JacobianOperator(function, normal(4)), NO_TAGS),
     "gauss-newton": (lambda: GaussNewtonOperator(function, output_loss, normal(4)), SYMMETRIC),
-    "sum keeps common tags": (lambda: IdentityOperator(2) + MatrixOperator(torch.eye(2), SYMMETRIC), SYMMETRIC),
-    "sum with untagged": (lambda: IdentityOperator(2) + MatrixOperator(torch.eye(2)), NO_TAGS),
-    "positive factor": (lambda: 2.0 * IdentityOperator(2), POSITIVE_DEFINITE | {Tag.diagonal}),
-    "negative factor": (lambda: -2.0 * IdentityOperator(2), SYMMETRIC | {Tag.diagonal}),
-    "factor zero": (lambda: 0.0 * IdentityOperator(2), SYMMETRIC | {Tag.diagonal}),
-    "tensor of factors": (lambda: ScaledOperator(IdentityOperator(2), torch.tensor(2.0)), SYMMETRIC | {Tag.diagonal}),
+    "sum keeps common tags": (lambda: IdentityOperator(2) + eye(SYMMETRIC), SYMMETRIC),
+    "sum with untagged": (lambda: IdentityOperator(2) + eye(), NO_TAGS),
+    "positive factor": (lambda: 2.0 * IdentityOperator(2), POSITIVE_DEFINITE | DIAGONAL),
+    "negative factor": (lambda: -2.0 * IdentityOperator(2), SYMMETRIC | DIAGONAL),
+    "factor zero": (lambda: 0.0 * IdentityOperator(2), SYMMETRIC | DIAGONAL),
+    "tensor of factors": (lambda: ScaledOperator(IdentityOperator(2), torch.tensor(2.0)), SYMMETRIC | DIAGONAL),
     "product": (lambda: IdentityOperator(2) @ IdentityOperator(2), NO_TAGS),
-    "damped": (lambda: damped(MatrixOperator(torch.eye(2), POSITIVE_DEFINITE), 0.1), POSITIVE_DEFINITE),
-    "damped by nothing": (lambda: damped(MatrixOperator(torch.eye(2), POSITIVE_DEFINITE), 0.0), POSITIVE_DEFINITE),
-    "damped by a tensor": (lambda: damped(MatrixOperator(torch.eye(2), POSITIVE_DEFINITE), torch.tensor(0.1)), POSITIVE_DEFINITE),
-    "damped negatively": (lambda: damped(MatrixOperator(torch.eye(2), POSITIVE_DEFINITE), -0.1), SYMMETRIC),
-    "damped indefinite": (lambda: damped(MatrixOperator(torch.eye(2), SYMMETRIC), 0.1), SYMMETRIC),
-    "shared": (lambda: SharedOperator(IdentityOperator(2), (3,)), POSITIVE_DEFINITE | {Tag.diagonal}),
+    "damped": (lambda: damped(eye(POSITIVE_DEFINITE), 0.1), POSITIVE_DEFINITE),
+    "damped by nothing": (lambda: damped(eye(POSITIVE_DEFINITE), 0.0), POSITIVE_DEFINITE),
+    "damped by a tensor": (lambda: damped(eye(POSITIVE_DEFINITE), torch.tensor(0.1)), POSITIVE_DEFINITE),
+    "damped negatively": (lambda: damped(eye(POSITIVE_DEFINITE), -0.1), SYMMETRIC),
+    "damped indefinite": (lambda: damped(eye(SYMMETRIC), 0.1), SYMMETRIC),
+    "shared": (lambda: SharedOperator(IdentityOperator(2), (3,)), POSITIVE_DEFINITE | DIAGONAL),
 }  # fmt: skip
 
 
@@ -206,9 +211,15 @@ def test_tags_follow_the_structure(make, tags):
         (lambda: damped(MatrixOperator(torch.ones(3, 2)), 1.0), r"only a square operator can be damped, .*\(3, 2\)"),
         (lambda: SumOperator(IdentityOperator(2), IdentityOperator(3)), r"\(2, 2\) and \(3, 3\) cannot be added"),
         (lambda: IdentityOperator(2) @ IdentityOperator(3), r"\(2, 2\) and \(3, 3\) cannot be multiplied"),
-        (lambda: HessianOperator(function, normal(2, 4)), r"values of shape \(2,\) \(one scalar a system\), .*\(2, 3\)"),
+        (
+            lambda: HessianOperator(function, normal(2, 4)),
+            r"of shape \(2,\) \(one scalar a system\), .*\(2, 3\)",
+        ),
         (lambda: HessianOperator(lambda x: scalar(x).sum(), normal(2, 4)), r"but returned \(\)"),
-        (lambda: JacobianOperator(scalar, normal(2, 4)), r"values of shape \(\*batch, m\) with the same batch, .*\(2,\)"),
+        (
+            lambda: JacobianOperator(scalar, normal(2, 4)),
+            r"shape \(\*batch, m\) with the same batch, .*\(2,\)",
+        ),
         (lambda: lanczos(MatrixOperator(torch.eye(2))), "lanczos needs a symmetric operator, but this MatrixOperator"),
     ],
 )
@@ -221,7 +232,7 @@ def test_operators_that_make_no_sense_are_refused_in_a_sentence(make, message):
 @settings(max_examples=60, deadline=None)
 @given(exponent=st.integers(-300, 140), seed=st.integers(0, 5))
 def test_the_norm_neither_underflows_nor_changes_anything_else(dtype, exponent, seed):
-    lowest = -43 if dtype == torch.float32 else -300
+    lowest = -36 if dtype == torch.float32 else -300
     highest = 15 if dtype == torch.float32 else 140
     scale = 10.0 ** max(lowest, min(highest, exponent))
     vector = (normal(2, 5, seed=seed) * scale).to(dtype)
@@ -229,6 +240,10 @@ def test_the_norm_neither_underflows_nor_changes_anything_else(dtype, exponent, 
     expected = (vector.double() / scale).norm(dim=-1)
     tolerance = 1e-14 if dtype == torch.float64 else 1e-6
     torch.testing.assert_close(norm(operator, vector).double() / scale, expected, rtol=tolerance, atol=0)
+
+
+def ends(ritz):
+    return torch.stack([ritz.smallest, ritz.largest])
 
 
 def test_lanczos_finds_the_ends_of_the_spectrum_from_within():
@@ -243,7 +258,9 @@ def test_lanczos_finds_the_ends_of_the_spectrum_from_within():
         if before is not None:
             assert ritz.smallest <= before.smallest + 1e-10 and ritz.largest >= before.largest - 1e-10
         before = ritz
-    torch.testing.assert_close(torch.stack([ritz.smallest, ritz.largest]), torch.tensor([-3.0, 10.0]), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        ends(ritz), torch.tensor([-3.0, 10.0]), rtol=1e-9, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("num_steps", [3, 4, 10, 50])
@@ -251,9 +268,9 @@ def test_lanczos_survives_invariant_subspaces(num_steps):
     """Few distinct eigenvalues exhaust the Krylov space early; what follows is noise and must not be reported."""
     values = torch.tensor([2.0, 2.0, 2.0, 5.0, 5.0, 7.0, 7.0, 7.0])
     ritz = lanczos(DiagonalOperator(values), num_steps)
-    torch.testing.assert_close(torch.stack([ritz.smallest, ritz.largest]), torch.tensor([2.0, 7.0]), rtol=1e-10, atol=0)
+    torch.testing.assert_close(ends(ritz), torch.tensor([2.0, 7.0]), rtol=1e-10, atol=0)
     ritz = lanczos(3.0 * IdentityOperator(6), num_steps)
-    torch.testing.assert_close(torch.stack([ritz.smallest, ritz.largest]), torch.tensor([3.0, 3.0]), rtol=1e-12, atol=0)
+    torch.testing.assert_close(ends(ritz), torch.tensor([3.0, 3.0]), rtol=1e-12, atol=0)
 
 
 def test_lanczos_is_batched_seeded_and_says_nan_for_a_broken_system():

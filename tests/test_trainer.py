@@ -110,8 +110,12 @@ def test_early_stopping_counts_steps_without_improvement():
 
 
 def test_warm_starts_save_inner_work():
-    cold = fit(Shrink(), hypergradient=Implicit(warm_start=False), solver=GradientDescent(learning_rate=0.05), num_steps=10)
-    warm = fit(Shrink(), hypergradient=Implicit(warm_start=True), solver=GradientDescent(learning_rate=0.05), num_steps=10)
+    cold = fit(
+        Shrink(), hypergradient=Implicit(warm_start=False), solver=GradientDescent(learning_rate=0.05), num_steps=10
+    )
+    warm = fit(
+        Shrink(), hypergradient=Implicit(warm_start=True), solver=GradientDescent(learning_rate=0.05), num_steps=10
+    )
     assert warm.summary["work"]["inner_steps"] < 0.9 * cold.summary["work"]["inner_steps"]
     assert float(warm.hparams["penalty"]) == pytest.approx(float(cold.hparams["penalty"]), rel=1e-4)
 
@@ -150,7 +154,10 @@ class Weighted(Problem):
     constraints = {"mix": Simplex(), "scale": Box(0.5, 2.0)}
 
     def init_hparams(self):
-        return {"mix": torch.tensor([0.2, 0.5, 0.3]), "scale": {"first": torch.tensor(1.0), "second": torch.tensor(1.5)}}
+        return {
+            "mix": torch.tensor([0.2, 0.5, 0.3]),
+            "scale": {"first": torch.tensor(1.0), "second": torch.tensor(1.5)},
+        }
 
     def init_params(self, hparams):
         return {"w": torch.zeros(3)}
@@ -226,11 +233,18 @@ def test_a_disconnected_hyperparameter_is_named_before_anything_is_written(tmp_p
     with pytest.raises(UsageError, match="'rate' gets no hypergradient from Implicit.*unrolled"):
         run(Disconnected(), GradientDescent(learning_rate="rate"), Implicit(), SGD, Trainer(), directory)
     assert not directory.exists()
-    learned = fit(Disconnected(), solver=GradientDescent(learning_rate="rate", max_steps=5, atol=0.0), hypergradient=Unrolled(), num_steps=1)
+    learned = fit(
+        Disconnected(),
+        solver=GradientDescent(learning_rate="rate", max_steps=5, atol=0.0),
+        hypergradient=Unrolled(),
+        num_steps=1,
+    )
     assert "hparams.rate" in learned.history[0]
 
 
-@pytest.mark.parametrize("name", ["num_steps", "checkpoint_every", "keep_checkpoints", "max_nonfinite", "patience", "clip_norm"])
+@pytest.mark.parametrize(
+    "name", ["num_steps", "checkpoint_every", "keep_checkpoints", "max_nonfinite", "patience", "clip_norm"]
+)
 def test_trainer_refuses_numbers_that_make_no_sense(name):
     with pytest.raises(UsageError, match=f"trainer.{name} must be"):
         Trainer(**{name: 0})

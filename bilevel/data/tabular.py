@@ -53,8 +53,6 @@ def load_digits(
     )
 
     def split(inputs: object, targets: object) -> Split:
-        return Split(
-            torch.as_tensor(inputs, dtype=dtype or torch.get_default_dtype()), torch.as_tensor(targets).long()
-        )
+        return Split(torch.as_tensor(inputs, dtype=dtype or torch.get_default_dtype()), torch.as_tensor(targets).long())
 
     return split(x, y), split(x_val, y_val), split(x_test, y_test)

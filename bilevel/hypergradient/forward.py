@@ -74,7 +74,7 @@ class ForwardMode(HypergradientMethod):
             key: value.new_zeros(layout.size, *value.shape) for key, value in _split(solver_state)[0].items()
         }
         result, number = InnerResult.max_steps, 0
-        for number in range(1, solver.max_steps + 1):  # noqa: B007 - the count of steps is reported
+        for number in range(1, solver.max_steps + 1):
             objective = problem.objective(batches.inner(number - 1))
 
             def step(z: Tensor, floats: TensorDict, h: TensorDict, *, others: State, loss: Any) -> Any:
@@ -139,5 +139,6 @@ def _push_step(step: Any, primals: Any, tangents: Any, others: State, loss: Any)
     def along(moves: Any) -> Any:
         return jvp(lambda z, floats, h: step(z, floats, h, others=others, loss=loss), primals, moves, has_aux=True)
 
-    new, pushed, rest = vmap(along, out_dims=(None, 0, None))(tangents)
+    out_dims: Any = (None, 0, None)  # torch's annotation leaves out the None that its documentation allows
+    new, pushed, rest = vmap(along, out_dims=out_dims)(tangents)
     return new, pushed, rest

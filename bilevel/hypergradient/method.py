@@ -115,9 +115,7 @@ def solve_inner(
     return run(solver, at, start, hparams, state=state, max_steps=max_steps)
 
 
-def starting_point(
-    problem: FlatProblem, params: Tensor, hparams: Mapping[str, Tensor], warm_start: bool
-) -> Tensor:
+def starting_point(problem: FlatProblem, params: Tensor, hparams: Mapping[str, Tensor], warm_start: bool) -> Tensor:
     """The previous solution, detached, or `init_params(hparams)` with its graph."""
     return params.detach() if warm_start else problem.start(hparams)
 

@@ -137,7 +137,9 @@ def _as_tensors(solution: Any, tensors: Any) -> Any:
     like = next((t for t in tensors if t.is_floating_point()), torch.empty(()))
 
     def convert(leaf: Any) -> Tensor:
-        return leaf.detach() if isinstance(leaf, Tensor) else torch.as_tensor(leaf, dtype=like.dtype, device=like.device)
+        return (
+            leaf.detach() if isinstance(leaf, Tensor) else torch.as_tensor(leaf, dtype=like.dtype, device=like.device)
+        )
 
     return tree_map(convert, solution)
 
@@ -226,4 +228,3 @@ def implicit_argmin(
     """
     gradient = torch.func.grad(objective)
     return implicit_root(gradient, solver if solver is not None else ConjugateGradient(), tags | SYMMETRIC)
-

@@ -106,7 +106,7 @@ def vjp_of_root(
     linear, rest = root.system(True, x, tensors)
     adjoint = ImplicitFunction.apply(linear, cotangent, *rest)
     primals = [t for t, want in zip(tensors, wanted, strict=True) if want]
-    _, pullback = torch.func.vjp(_restrict(root, x, tensors, wanted), *primals)
+    pullback = torch.func.vjp(_restrict(root, x, tensors, wanted), *primals)[1]
     pulled = iter(pullback(-adjoint))
     return [next(pulled) if want else None for want in wanted]
 
@@ -126,8 +126,8 @@ def push_forward(function: Callable[..., Tensor], primals: Sequence[Tensor], tan
 
     Forward mode would do, but differentiating it in reverse is wrong through some normalisation layers (torch 2.13).
     """
-    output, pullback = torch.func.vjp(function, *primals)
-    _, pullback_of_pullback = torch.func.vjp(pullback, torch.zeros_like(output))
+    output, pullback = torch.func.vjp(function, *primals)[:2]
+    pullback_of_pullback = torch.func.vjp(pullback, torch.zeros_like(output))[1]
     pushed: Tensor = pullback_of_pullback(tuple(tangents))[0]
     return pushed
 

@@ -232,7 +232,9 @@ def root_jvp(
         leaves = tree_flatten(arg)[0]
         moves = [None] * len(leaves) if tangent is None else tree_flatten(tangent, is_leaf=lambda v: v is None)[0]
         if len(moves) != len(leaves):
-            raise UsageError("tangents were expected to have the structure of the arguments, with None where none moves.")
+            raise UsageError(
+                "tangents were expected to have the structure of the arguments, with None where none moves."
+            )
         given.extend(move for leaf, move in zip(leaves, moves, strict=True) if is_tensor(leaf))
     if all(tangent is None for tangent in given):
         return structure.unravel(torch.zeros_like(x))

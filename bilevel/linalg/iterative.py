@@ -213,6 +213,7 @@ class _Run:
         self.tolerance = None if rtol is None else rtol + solver.atol / safe
         self.num_mv = torch.zeros_like(self.result)
         self.gain = torch.zeros_like(self.scale)
+        self.peak = torch.zeros_like(self.scale)  # largest residual norm on the way: what it rounded away stays lost
         self.curvature_min = torch.full_like(self.scale, torch.nan)
         self.curvature_max = torch.full_like(self.scale, torch.nan)
         self.strikes = torch.zeros_like(self.result)
@@ -250,6 +251,8 @@ class _Run:
         """Count the products and widen the ranges of the systems that are still running."""
         self.num_mv = self.num_mv + self.solver.products_per_step * self.running
         self.gain = torch.where(self.running, torch.fmax(self.gain, progress.gain), self.gain)
+        finite = self.running & progress.estimate.isfinite()
+        self.peak = torch.where(finite, torch.maximum(self.peak, progress.estimate), self.peak)
         if progress.curvature is not None:
             seen = torch.where(self.running, progress.curvature, torch.nan)
             self.curvature_min = torch.fmin(self.curvature_min, seen)
@@ -317,9 +320,10 @@ class _Run:
         """The true residual and its norm, by one product; the recurrence's norm where rounding cannot have spoilt it.
 
         The recursive residual drifts from the true one by at most about `steps eps (‖A‖ max‖x‖ + ‖b‖)` (van der Vorst
-        and Ye, 2000); a claim far above that needs no product to be believed, nor does the end of a budget.
+        and Ye, 2000), and `‖A‖ max‖x‖` by about the larger of its present value and the largest residual on the way; a
+        claim far above that needs no product to be believed, nor does the end of a budget.
         """
-        drift = 10 * number * self._rounding(iterate)
+        drift = 10 * number * (self._rounding(iterate) + self.level * self.peak)
         trusted = self.tolerance is None or bool((~looked_at | (progress.estimate > drift)).all())
         if self.tolerance is not None and progress.optimal is not None:
             trusted = False  # a least-squares residual is large, and is wanted itself

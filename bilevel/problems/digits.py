@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 import torch
@@ -136,13 +137,13 @@ class DigitsMLP(_Digits):
         """A penalty for every weight, named by its layer."""
         return {
             f"penalty.layer{index}": self.x.new_full((after, before), self.start_penalty)
-            for index, (before, after) in enumerate(zip(self.widths, self.widths[1:], strict=False))
+            for index, (before, after) in enumerate(pairwise(self.widths))
         }
 
     def init_params(self, hparams: Tensors) -> dict[str, Tensor]:
         """Scaled normal weights (LeCun), zero biases."""
         source, params = generator(self.init_seed), {}
-        for index, (before, after) in enumerate(zip(self.widths, self.widths[1:], strict=False)):
+        for index, (before, after) in enumerate(pairwise(self.widths)):
             weight = normal((after, before), source, self.x.dtype, self.x.device) / before**0.5
             params[f"layer{index}.weight"] = weight
             params[f"layer{index}.bias"] = self.x.new_zeros(after)

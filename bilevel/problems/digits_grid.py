@@ -62,7 +62,7 @@ class DigitsGrid:
         seconds = time.perf_counter() - started
         ours, work = summary["best"], summary["work"]
         summary["baseline"] = {
-            "name": f"cross-entropy: scikit-learn's grid (best penalty {best['penalty']:.3g}) and the hypergradient, same split",
+            "name": f"cross-entropy: scikit-learn's grid (best at {best['penalty']:.3g}) and the hypergradient, same split",
             "columns": ["method", "validation", "test", "accuracy", "penalties", "fits", "gradients", "mat-vecs", "time (s)"],
             "rows": [
                 [
@@ -89,7 +89,9 @@ class DigitsGrid:
         for penalty in self.penalties:
             model.C = sklearn_c(float(penalty), len(train[0]))
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the line search gives up at rounding level, when nothing is left to gain
+                warnings.simplefilter(
+                    "ignore"
+                )  # the line search gives up at rounding level, when nothing is left to gain
                 model.fit(*train)
             loss = _cross_entropy(model, *validation)
             if loss < best["validation_loss"]:

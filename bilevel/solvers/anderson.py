@@ -65,7 +65,9 @@ class AndersonAcceleration(InnerSolver):
             gram = changes @ changes.mT
             scale = torch.diagonal(gram, dim1=-2, dim2=-1).amax(-1)[..., None, None]
             tiny = torch.finfo(gram.dtype).tiny
-            damped = gram + (self.ridge * scale + tiny) * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+            damped = gram + (self.ridge * scale + tiny) * torch.eye(
+                gram.shape[-1], dtype=gram.dtype, device=gram.device
+            )
             weights = torch.linalg.solve(damped, (changes @ residual.unsqueeze(-1)))  # (*batch, m, 1)
             new = new - ((moves + changes).mT @ weights).squeeze(-1)
         return new, {

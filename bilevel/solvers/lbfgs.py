@@ -90,5 +90,8 @@ class LBFGS(InnerSolver):
             scale = torch.where(good[index], curvature[index] / torch.where(good[index], length[index], 1.0), scale)
         result = scale.unsqueeze(-1) * result
         for index, weight in enumerate(reversed(weights)):
-            result = result + (weight - rho[index] * torch.linalg.vecdot(changes[index], result).unsqueeze(-1)) * steps[index]
+            result = (
+                result
+                + (weight - rho[index] * torch.linalg.vecdot(changes[index], result).unsqueeze(-1)) * steps[index]
+            )
         return result

@@ -35,7 +35,8 @@ def search(loss: Objective, start: Point, direction: Tensor, hparams: Hparams) -
     size = torch.ones_like(slope)
     moved = torch.zeros_like(slope, dtype=torch.bool)
     best = start
-    for trial in range(1, MAX_TRIALS + 1):
+    num_trials = 0
+    for num_trials in range(1, MAX_TRIALS + 1):  # noqa: B007 - the count is returned
         params = start.params + size.unsqueeze(-1) * direction
         value, gradient = loss.value_and_gradient(params, hparams)
         lower = value <= start.value + 1e-4 * size * slope
@@ -50,4 +51,4 @@ def search(loss: Objective, start: Point, direction: Tensor, hparams: Hparams) -
         if bool(moved.all()):
             break
         size = torch.where(moved, size, 0.5 * size)
-    return best, moved, trial
+    return best, moved, num_trials

@@ -87,7 +87,7 @@ def run(
     limit = solver.max_steps if max_steps is None else max_steps
     state = solver.init(params, at(0), hparams) if state is None else state
     result, number = InnerResult.max_steps, 0
-    for number in range(1, limit + 1):  # noqa: B007 - the count of steps is reported
+    for number in range(1, limit + 1):
         new_params, new_state = solver.step(params, state, at(number - 1), hparams)
         if not bool(new_state["stationarity"].isfinite().all()):
             result = InnerResult.nonfinite

@@ -1,7 +1,7 @@
 """The outer loop: state, steps, checkpoints, runs, and `fit`."""
 
 from bilevel.trainer.callbacks import Callback, RunStart
-from bilevel.trainer.fit import Fit, fit
+from bilevel.trainer.fitting import Fit, fit
 from bilevel.trainer.run import run
 from bilevel.trainer.state import TrainState
 from bilevel.trainer.trainer import Trainer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -28,8 +28,8 @@ class RunStart:
     hparams: dict[str, Tensor] = field(repr=False)
 
 
-class Callback:
-    """Does nothing; override what is wanted.
+class Callback(Protocol):
+    """Does nothing; override what is wanted (anything that has the three methods will do).
 
     Example:
         >>> class Print(Callback):

@@ -112,9 +112,7 @@ def _restore(state: TrainState, checkpoints: Path) -> None:
     state.load(saved)
 
 
-def summarise(
-    config: dict[str, Any], setup: Setup, state: TrainState, stopped: str, wall: float
-) -> dict[str, Any]:
+def summarise(config: dict[str, Any], setup: Setup, state: TrainState, stopped: str, wall: float) -> dict[str, Any]:
     """The final figures of a run."""
     best = {"step": state.best.step, "outer_loss": state.best.outer_loss} if state.best.step >= 0 else {}
     if best:
@@ -182,5 +180,3 @@ def _strict(value: Any) -> Any:
     if isinstance(value, float) and not abs(value) < float("inf"):
         return None
     return value
-
-

@@ -138,7 +138,9 @@ def set_up(
     """
     natural = flatten_names(problem.init_hparams())
     if not natural:
-        raise UsageError(f"{type(problem).__name__}.init_hparams() returned no hyperparameter: there is nothing to tune.")
+        raise UsageError(
+            f"{type(problem).__name__}.init_hparams() returned no hyperparameter: there is nothing to tune."
+        )
     for name, value in natural.items():
         if not value.is_floating_point():
             raise UsageError(f"hyperparameter '{name}' was expected to be floating-point, but is {value.dtype}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,7 @@ class Trainer:
         if self.min_improvement < 0:
             raise UsageError(f"trainer.min_improvement must be at least 0, but is {self.min_improvement}.")
 
-    def steps(self, setup: Setup, state: TrainState) -> Iterator[tuple[Record, TensorDict]]:
+    def steps(self, setup: Setup, state: TrainState) -> Generator[tuple[Record, TensorDict], None, str]:
         """Make the outer steps one by one, changing the state; yields each step's record and natural hyperparameters.
 
         A generator so that whoever runs it (a run directory, a notebook) decides what happens between two steps. Its
