@@ -101,10 +101,10 @@ def find_peers(task: Task) -> tuple[dict[str, Hypergradient], dict[str, str]]:
 
 
 def difference(mine: TensorDict, theirs: TensorDict) -> float:
-    """Norm of the difference over the norm of theirs."""
-    pairs = [(mine[name].cpu(), theirs[name].cpu()) for name in theirs]
+    """Norm of the difference over the norm of mine."""
+    pairs = [(mine[name].cpu(), theirs[name].cpu()) for name in mine]
     gap = torch.cat([(a - b).flatten() for a, b in pairs]).norm()
-    return float(gap / torch.cat([b.flatten() for _, b in pairs]).norm())
+    return float(gap / torch.cat([a.flatten() for a, _ in pairs]).norm())
 
 
 def measure(task: Task, rounds: int, device: str) -> list[Row]:

@@ -65,7 +65,11 @@ class Layout:
                 raise UsageError(
                     f"'{name}' was expected to have shape {shape}, but has {tuple(tensors[name].shape[num_batch:])}."
                 )
-        return torch.cat([tensors[name].flatten(num_batch) for name in self.names], dim=-1)
+        parts = [
+            tensors[name].reshape(*tensors[name].shape[:num_batch], size)
+            for name, size in zip(self.names, self.sizes, strict=True)
+        ]
+        return torch.cat(parts, dim=-1)
 
     def unravel(self, vector: Tensor, num_batch: int | None = None) -> TensorDict:
         """Views of the vector `(*batch, n)` as named tensors `(*batch, *shape)`; differentiable."""

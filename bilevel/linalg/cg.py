@@ -62,22 +62,23 @@ class ConjugateGradient(IterativeSolver):
         curvature = system.inner(direction, product)
         rayleigh = curvature / system.inner(direction, direction)
         indefinite = (curvature <= 0) & (rho != 0)
-        alpha = torch.where(indefinite, 0.0, divide(rho, curvature))
-        x = x + columns(alpha) * direction
-        residual = residual - columns(alpha) * product
+        alpha = divide(rho, curvature).masked_fill(indefinite, 0.0)
+        x = torch.addcmul(x, columns(alpha), direction)
+        residual = torch.addcmul(residual, columns(alpha), product, value=-1)
         preconditioned = system.precondition(residual)
         new_rho = system.inner(residual, preconditioned)
         beta = divide(new_rho, rho)
+        root, inverse = beta.sqrt(), divide(torch.ones_like(alpha), alpha)
         if system.preconditioner is None:
             estimate = new_rho.sqrt()
             # CG is Lanczos in disguise: the sum of a row of its tridiagonal matrix is near the largest eigenvalue long
             # before any Rayleigh quotient is (the directions soon lie in the small end of the spectrum).
-            gain = divide(1.0 + beta.sqrt(), alpha) + coupling
+            gain = (1.0 + root) * inverse + coupling
         else:
             estimate = system.norm(residual)
             gain = divide(system.norm(product), system.norm(direction))
-        coupling = divide(beta + beta.sqrt(), alpha)
-        direction = preconditioned + columns(beta) * direction
+        coupling = (beta + root) * inverse
+        direction = torch.addcmul(preconditioned, columns(beta), direction)
         status = torch.where(indefinite, Result.negative_curvature.code, Result.running.code)
         memory = _Memory(x, residual, direction, new_rho, coupling)
         return memory, Progress(estimate, torch.where(indefinite, rayleigh.abs(), gain), status, rayleigh)

@@ -83,7 +83,7 @@ class Progress(NamedTuple):
 
 def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
     """`a / b`, and 0 where `b` is 0: a system that is done stays where it is instead of turning into NaN."""
-    return torch.where(denominator == 0, 0.0, numerator / torch.where(denominator == 0, 1.0, denominator))
+    return (numerator / denominator).masked_fill_(denominator == 0, 0.0)
 
 
 def columns(scalar: Tensor) -> Tensor:
@@ -208,6 +208,7 @@ class _Run:
         self.result = torch.where(self.scale == 0, Result.converged.code, Result.running.code)
         self.result = torch.where(self.scale.isfinite(), self.result, Result.nonfinite.code)
         self.running = self.result == Result.running.code
+        self.everyone = bool(self.running.all())
         safe = torch.where(self.running, self.scale, 1.0)
         self.vector = torch.where(columns(self.running), vector / columns(safe), 0.0)
         self.tolerance = None if rtol is None else rtol + solver.atol / safe
@@ -236,45 +237,66 @@ class _Run:
         """Step until no system is running."""
         if self.tolerance is not None:
             self._finish(self.running & (self.best_norm <= self.tolerance), Result.converged)
+            self.everyone = bool(self.running.all())
         if bool(self.running.any()):
             memory = self.solver.start(self.system, self.first_residual)
             self.num_mv = self.num_mv + self.solver.products_to_start * self.running
             for number in range(1, self.solver.max_steps + 1):
                 memory, progress = self.solver.step(self.system, memory)
                 self._account(progress)
+                if not self._eventful(progress, number):
+                    continue
                 memory = self._judge(memory, progress, number)
                 if not bool(self.running.any()):
                     break
+                self.everyone = bool(self.running.all())
         return self._solution()
 
     def _account(self, progress: Progress) -> None:
         """Count the products and widen the ranges of the systems that are still running."""
-        self.num_mv = self.num_mv + self.solver.products_per_step * self.running
-        self.gain = torch.where(self.running, torch.fmax(self.gain, progress.gain), self.gain)
-        finite = self.running & progress.estimate.isfinite()
-        self.peak = torch.where(finite, torch.maximum(self.peak, progress.estimate), self.peak)
+        self.num_mv = self._update(self.num_mv, self.num_mv + self.solver.products_per_step)
+        self.gain = self._update(self.gain, torch.fmax(self.gain, progress.gain))
+        finite = progress.estimate < torch.inf  # False for NaN too
+        self.peak = self._update(self.peak, torch.where(finite, torch.maximum(self.peak, progress.estimate), self.peak))
         if progress.curvature is not None:
-            seen = torch.where(self.running, progress.curvature, torch.nan)
-            self.curvature_min = torch.fmin(self.curvature_min, seen)
-            self.curvature_max = torch.fmax(self.curvature_max, seen)
+            self.curvature_min = self._update(self.curvature_min, torch.fmin(self.curvature_min, progress.curvature))
+            self.curvature_max = self._update(self.curvature_max, torch.fmax(self.curvature_max, progress.curvature))
+
+    def _update(self, old: Tensor, new: Tensor) -> Tensor:
+        """The new value for the systems that are still running; no operation while all are."""
+        return new if self.everyone else torch.where(self.running, new, old)
+
+    def _claims(self, progress: Progress) -> Tensor:
+        """Which systems are done if the recurrence is right."""
+        if self.tolerance is None:
+            return torch.zeros_like(self.running)
+        claim = progress.estimate <= torch.maximum(self.tolerance, self.floor)
+        if progress.optimal is not None:
+            claim = claim | (progress.optimal <= self._optimality() * self.gain)
+        return claim
+
+    def _is_refresh(self, number: int) -> bool:
+        return self.tolerance is not None and number % CHECK_PERIOD == 0
+
+    def _eventful(self, progress: Progress, number: int) -> bool:
+        """Whether a step needs a closer look. Most do not: in small problems this question is all that they may cost."""
+        if number == self.solver.max_steps or self._is_refresh(number):
+            return True
+        event = (progress.status != Result.running.code) | ~(progress.estimate < torch.inf)
+        if self.tolerance is not None:
+            event = event | self._claims(progress)
+        return bool((event & self.running).any())
 
     def _judge(self, memory: Any, progress: Progress, number: int) -> Any:
         """Decide which systems are done after a step; verify claims by the true residual; restart false ones."""
         last = number == self.solver.max_steps
-        broken = self.running & ~progress.estimate.isfinite()
+        broken = self.running & ~(progress.estimate < torch.inf)
         failed = self.running & (progress.status != Result.running.code) & ~broken
-        claim = torch.zeros_like(self.running)
-        if self.tolerance is not None:
-            claim = progress.estimate <= torch.maximum(self.tolerance, self.floor)
-            if progress.optimal is not None:
-                claim = claim | (progress.optimal <= self._optimality() * self.gain)
-            claim = claim & self.running & ~failed & ~broken
-        refresh = self.tolerance is not None and number % CHECK_PERIOD == 0
-        if not (last or refresh or bool((claim | failed | broken).any())):
-            return memory
+        claim = self._claims(progress) & self.running & ~failed & ~broken
+        refresh = self._is_refresh(number)
         iterate = self.base + self.solver.correction(self.system, memory)
         looked_at = self.running if last or refresh else claim | failed | broken
-        residual, true_norm = self._measure(iterate, progress, looked_at, number, bool(refresh))
+        residual, true_norm = self._measure(iterate, progress, looked_at, number, refresh)
         better = looked_at & (true_norm < self.best_norm)
         halved = looked_at & (true_norm <= 0.5 * self.halved_norm)
         self.halved_norm = torch.where(halved, true_norm, self.halved_norm)
@@ -304,7 +326,7 @@ class _Run:
             self._finish(self.running, Result.max_steps if self.tolerance is not None else Result.budget_spent)
         if residual is None or not bool(self.running.any()):
             return memory
-        if bool(refresh):
+        if refresh:
             # Near rounding level the true residual is noise, and would spoil the recurrence instead of mending it.
             mend = self.running & ~false & (true_norm > 100 * self._attainable(iterate))
             memory = select(mend, self.solver.replace_residual(memory, residual), memory)

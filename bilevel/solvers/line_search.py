@@ -39,16 +39,17 @@ def search(loss: Objective, start: Point, direction: Tensor, hparams: Hparams) -
     for num_trials in range(1, MAX_TRIALS + 1):  # noqa: B007 - the count is returned
         params = start.params + size.unsqueeze(-1) * direction
         value, gradient = loss.value_and_gradient(params, hparams)
-        lower = value <= start.value + 1e-4 * size * slope
+        lower = (value <= start.value + 1e-4 * size * slope) & (value < start.value - slack)
         flat = (value <= start.value + slack) & (gradient.norm(dim=-1) < start.gradient.norm(dim=-1))
-        take = (lower | flat) & ~moved & value.isfinite()
+        still = (params == start.params).all(-1)  # a step below rounding; shorter ones would be, too
+        take = (lower | flat) & ~moved & ~still & value.isfinite()
         best = Point(
             torch.where(take.unsqueeze(-1), params, best.params),
             torch.where(take, value, best.value),
             torch.where(take.unsqueeze(-1), gradient, best.gradient),
         )
         moved = moved | take
-        if bool(moved.all()):
+        if bool((moved | still).all()):
             break
         size = torch.where(moved, size, 0.5 * size)
     return best, moved, num_trials

@@ -70,10 +70,12 @@ class NewtonCG(InnerSolver):
             still = (solution.value == 0).all(-1, keepdim=True)
             direction = torch.where(still, -start.gradient, solution.value)
             end, moved, trials = search(loss, start, direction, hparams)
+            # Both gradients are rounded in their own way: near rounding level one that seems lower may be no progress.
+            gained = moved & ((end.value < start.value) | (row_norm(end.gradient) < state["stationarity"]))
             return end.params, {
                 **counted,
                 "stationarity": row_norm(end.gradient),
                 "num_gradients": counted["num_gradients"] + trials,
                 "num_mv": state["num_mv"] + int(solution.num_mv.max()),
-                "stuck": ~moved.any(),
+                "stuck": ~gained.any(),
             }

@@ -31,7 +31,7 @@ class InnerSolver(ABC):
         full_batch: whether steps compare losses with each other, so that minibatches would mislead them.
     """
 
-    max_steps: int = 1000
+    max_steps: int = 200
     atol: float = 1e-6
 
     differentiable: ClassVar[bool] = True

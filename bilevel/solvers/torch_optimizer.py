@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -39,13 +40,15 @@ class TorchOptimizer(InnerSolver):
     optimizer: Callable[..., torch.optim.Optimizer] = _adam
 
     def init(self, params: Tensor, loss: Objective, hparams: Hparams) -> State:
-        """A fresh optimiser on a copy of the parameters."""
+        """The state of a fresh optimiser."""
         leaf = params.detach().clone().requires_grad_()
-        return {**fresh_state(params), "leaf": leaf, "optimizer": self.optimizer([leaf])}
+        return {**fresh_state(params), "optimizer": self.optimizer([leaf]).state_dict()}
 
     def step(self, params: Tensor, state: State, loss: Objective, hparams: Hparams) -> tuple[Tensor, State]:
         """One step of the optimiser, which may evaluate the gradient several times (`torch.optim.LBFGS`)."""
-        leaf: Tensor = state["leaf"]
+        leaf = params.detach().clone().requires_grad_()
+        optimizer = self.optimizer([leaf])
+        optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it works in place; the state given stays as it was
         seen: list[Tensor] = []
 
         def closure() -> Any:
@@ -58,8 +61,10 @@ class TorchOptimizer(InnerSolver):
             seen.append(row_norm(gradient))
             return value.sum()
 
-        with torch.no_grad():
-            leaf.copy_(params)
-        state["optimizer"].step(closure)
-        counted = state["num_gradients"] + len(seen)
-        return leaf.detach().clone(), {**state, "stationarity": seen[-1], "num_gradients": counted}
+        optimizer.step(closure)
+        return leaf.detach(), {
+            **state,
+            "optimizer": optimizer.state_dict(),
+            "stationarity": seen[-1],
+            "num_gradients": state["num_gradients"] + len(seen),
+        }

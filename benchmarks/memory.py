@@ -1,0 +1,207 @@
+"""Peak memory of one hypergradient against the number of inner steps: implicit is flat, unrolling grows by the step.
+
+    python -m benchmarks.memory          (writes benchmarks/results/memory.png)
+
+Every point is a process of its own. It builds the problem, makes one small hypergradient so that the libraries' own
+buffers exist, reads its resident memory (the baseline), makes one hypergradient, and reports by how much the peak of its
+resident memory exceeded the baseline. The problem is a small network on many examples: few operations, but activations
+that make one recorded step larger than 20 MB.
+
+glibc is told to give large blocks back when they are freed (`MALLOC_MMAP_THRESHOLD_`), for both methods: with its
+default, blocks that it keeps for later use add or take some 20 MB at random, at any number of steps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from benchmarks.common import Claim, Row, finish, parse, table
+from bilevel.flat import FlatProblem, StepBatches
+from bilevel.hypergradient import HypergradientMethod, Implicit, Unrolled
+from bilevel.linalg import ConjugateGradient
+from bilevel.problem import Problem
+from bilevel.solvers import GradientDescent
+from bilevel.tree import TensorDict
+
+MB = 1e6
+WIDTH = 16
+EXAMPLES, QUICK_EXAMPLES = 110_000, 20_000
+STEPS = {"implicit": (10, 100, 1000, 10_000), "unrolled": (10, 20, 30, 40)}
+QUICK_STEPS = {"implicit": (10, 100), "unrolled": (5, 10)}
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+PICTURE = Path(__file__).parent / "results" / "memory.png"
+
+
+class Curve(Problem):
+    """Regression by a network with one hidden layer; one weight decay for each of its tensors."""
+
+    def __init__(self, num_examples: int) -> None:
+        """Draw a noisy sine."""
+        draw = torch.Generator().manual_seed(0)
+        self.inputs = torch.rand(num_examples, 1, generator=draw) * 6 - 3
+        self.targets = self.inputs.sin() + 0.1 * torch.randn(num_examples, 1, generator=draw)
+        self.val_inputs = torch.rand(1000, 1, generator=draw) * 6 - 3
+        self.weight = torch.randn(WIDTH, 1, generator=draw)
+
+    def init_hparams(self) -> TensorDict:
+        """Decay of each tensor."""
+        return {name: torch.tensor(1e-2) for name in ("weight1", "bias1", "weight2", "bias2")}
+
+    def init_params(self, hparams: Mapping[str, Tensor]) -> TensorDict:
+        """Random hidden units, no output."""
+        zeros = torch.zeros
+        return {"weight1": self.weight, "bias1": zeros(WIDTH), "weight2": zeros(1, WIDTH), "bias2": zeros(1)}
+
+    def predict(self, params: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+        """The network."""
+        hidden = torch.nn.functional.linear(inputs, params["weight1"], params["bias1"]).tanh()
+        return torch.nn.functional.linear(hidden, params["weight2"], params["bias2"])
+
+    def inner_loss(self, params: Mapping[str, Tensor], hparams: Mapping[str, Tensor], batch: Any) -> Tensor:
+        """Mean squared error and weight decay."""
+        error = (self.predict(params, self.inputs) - self.targets).square().mean()
+        return error + sum(hparams[name] * value.square().sum() for name, value in params.items())
+
+    def outer_loss(self, params: Mapping[str, Tensor], hparams: Mapping[str, Tensor], batch: Any) -> Tensor:
+        """Error against the noiseless curve."""
+        return (self.predict(params, self.val_inputs) - self.val_inputs.sin()).square().mean()
+
+
+def method(name: str) -> HypergradientMethod:
+    """The two that are compared, both from the same start and with the same number of products at any length."""
+    if name == "unrolled":
+        return Unrolled()
+    return Implicit(warm_start=False, linear_solver=ConjugateGradient(rtol=None, max_steps=20))
+
+
+def one(name: str, num_steps: int, num_examples: int) -> float:
+    """Seconds of one hypergradient."""
+    problem = Curve(num_examples)
+    hparams = problem.init_hparams()
+    flat = FlatProblem.of(problem, hparams)
+    params = flat.start(hparams)
+    begun = time.perf_counter()
+    solver = GradientDescent(learning_rate=0.05, max_steps=num_steps, atol=0.0)
+    result = method(name).compute(flat, solver, params, hparams, StepBatches(problem, 0), {})
+    assert result.receipt.inner_steps == num_steps
+    return time.perf_counter() - begun
+
+
+def resident() -> float:
+    """Resident memory now, bytes."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return peak()
+    return float(pages * resource.getpagesize())
+
+
+def peak() -> float:
+    """Largest resident memory so far, bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def reset_peak() -> None:
+    """Forget the peak of the setting up, where the system can; elsewhere the baseline must be that peak."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+
+
+def child(name: str, num_steps: int, num_examples: int) -> Row:
+    """One point, in this process."""
+    torch.set_num_threads(1)  # the question is memory: one thread a point leaves less to chance
+    one(name, 2, 100)
+    reset_peak()
+    baseline = max(resident(), peak())
+    seconds = one(name, num_steps, num_examples)
+    return {
+        "method": name,
+        "inner steps": num_steps,
+        "MB above baseline": (peak() - baseline) / MB,
+        "baseline MB": baseline / MB,
+        "seconds": seconds,
+    }
+
+
+def point(name: str, num_steps: int, num_examples: int) -> Row:
+    """One point, in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.memory", "--point", name, str(num_steps), str(num_examples)]
+    environment = {**os.environ, **ALLOCATOR}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"the point {name} with {num_steps} steps failed:\n{done.stderr}")
+    row: Row = json.loads(done.stdout.splitlines()[-1])
+    print(table([row]).splitlines()[-1], flush=True)
+    return row
+
+
+def increments(rows: list[Row], name: str) -> tuple[list[int], list[float]]:
+    """Steps and megabytes of one method."""
+    mine = [row for row in rows if row["method"] == name]
+    return [row["inner steps"] for row in mine], [row["MB above baseline"] for row in mine]
+
+
+def plot(rows: list[Row], slope: float, path: Path) -> None:
+    """Memory against steps, both logarithmic."""
+    from matplotlib.figure import Figure
+
+    from bilevel.report.style import LIGHT, Plate, Theme, blank, draw
+
+    def paint(theme: Theme) -> Figure:
+        figure, (axes,) = blank(1, 1, 3.2)
+        for name, colour in zip(("implicit", "unrolled"), theme.series, strict=False):
+            steps, megabytes = increments(rows, name)
+            axes.plot(steps, megabytes, marker="o", markersize=4, color=colour)
+            label = name if name == "implicit" else f"{name}: {slope:.1f} MB a step"
+            axes.annotate(label, (steps[-1], megabytes[-1]), xytext=(6, 6), textcoords="offset points", color=colour)
+        axes.set(xscale="log", yscale="log", xlabel="inner steps", ylabel="peak memory above the baseline (MB)")
+        axes.margins(x=0.12, y=0.15)
+        return figure
+
+    caption = "Implicit needs the graph of one gradient, however long the inner solve."
+    draw(Plate(path.stem, "Memory of one hypergradient", caption, paint), LIGHT, path.parent)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure all points."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == ["--point"]:
+        print(json.dumps(child(arguments[1], int(arguments[2]), int(arguments[3]))))
+        return 0
+    options = parse(str(__doc__).splitlines()[0], arguments, device=False)
+    print("method, inner steps, MB above baseline, baseline MB, seconds")
+    lengths = QUICK_STEPS if options.quick else STEPS
+    num_examples = QUICK_EXAMPLES if options.quick else EXAMPLES
+    rows = [point(name, steps, num_examples) for name, several in lengths.items() for steps in several]
+    print()
+    print(table(rows))
+    if options.quick:
+        return finish(options, rows, [])
+    slope, _ = numpy.polyfit(*increments(rows, "unrolled"), 1)
+    print(f"\nunrolled grows by {slope:.1f} MB a step (fitted)")
+    plot(rows, float(slope), PICTURE)
+    _, flat = increments(rows, "implicit")
+    claims = [
+        Claim("implicit memory at 10,000 inner steps over that at 10", flat[-1] / flat[0], 1.1),
+        Claim("200 MB over what ten unrolled steps add", 200 / (10 * float(slope)), 1.0),
+    ]
+    return finish(options, rows, claims, {"unrolled MB a step": float(slope)})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
