@@ -64,7 +64,12 @@ def parse(description: str, argv: Sequence[str] | None = None, *, device: bool =
     parser.add_argument("--json", type=Path, metavar="FILE", help="write claims, rows and machine to FILE")
     if device:
         parser.add_argument("--device", default="cpu", help="a torch device (default: cpu)")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.quick:
+        torch.set_num_threads(
+            1
+        )  # small work is slower on several threads, and far slower where other jobs want them too
+    return options
 
 
 def interleaved(

@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def mlp(sizes: tuple[int, ...], num_examples: int, device: str) -> Network:
     inputs = torch.randn(num_examples, sizes[0], generator=draw).to(device)
     labels = torch.randint(sizes[-1], (num_examples,), generator=draw).to(device)
     params: dict[str, Tensor] = {}
-    for number, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for number, (fan_in, fan_out) in enumerate(pairwise(sizes)):
         params[f"{number}.weight"] = torch.randn(fan_out, fan_in, generator=draw) / fan_in**0.5
         params[f"{number}.bias"] = torch.zeros(fan_out)
     layout = Layout.of(params)

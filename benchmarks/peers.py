@@ -37,7 +37,7 @@ def torchopt_custom_root(task: Task, num_steps: int) -> Hypergradient:
         slope: tuple[Tensor, ...] = optimality(params, decay)
         return slope
 
-    @custom_root(residual, argnums=1, solve=solve_cg(maxiter=num_steps, rtol=0.0, atol=0.0))  # type: ignore[untyped-decorator] # ships no types
+    @custom_root(residual, argnums=1, solve=solve_cg(maxiter=num_steps, rtol=0.0, atol=0.0))
     def solve(params: tuple[Tensor, ...], decay: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return params
 
@@ -111,7 +111,7 @@ def jaxopt_custom_root(task: Task, num_steps: int) -> Hypergradient:
 
     solve = functools.partial(solve_cg, maxiter=num_steps, tol=0.0, atol=0.0)
 
-    @custom_root(jax.grad(inner), solve=solve)  # type: ignore[untyped-decorator] # ships no types
+    @custom_root(jax.grad(inner), solve=solve)
     def solver(params: Any, decay: Any, inputs: Any, labels: Any) -> Any:
         return params
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -66,7 +68,7 @@ class WeightDecay(Problem):
 def draw_weights(sizes: tuple[int, ...], draw: torch.Generator) -> TensorDict:
     """Weights of variance one over the fan-in, biases zero."""
     params: TensorDict = {}
-    for number, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:], strict=False), start=1):
+    for number, (fan_in, fan_out) in enumerate(pairwise(sizes), start=1):
         params[f"weight{number}"] = torch.randn(fan_out, fan_in, generator=draw) / fan_in**0.5
         params[f"bias{number}"] = torch.zeros(fan_out)
     return params
@@ -101,12 +103,10 @@ class Task:
 
     def double(self) -> Task:
         """The same task in float64."""
-        problem = object.__new__(WeightDecay)
-        vars(problem).update(vars(self.problem))
+        problem = copy.copy(self.problem)
         problem.to(dtype=torch.float64)
         problem.start = to(self.problem.start, dtype=torch.float64)
-        wide = (to(values, dtype=torch.float64) for values in (self.params, self.decay))
-        return replace(self, problem=problem, **dict(zip(("params", "decay"), wide, strict=True)))
+        return Task(problem, to(self.params, dtype=torch.float64), to(self.decay, dtype=torch.float64))
 
     @property
     def name(self) -> str:

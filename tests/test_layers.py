@@ -130,7 +130,11 @@ PLANTED = [
     ("tree.py", "from bilevel import linalg", "tree.py:1 imports bilevel.linalg"),
     ("solvers/x.py", "try:\n    from bilevel.problem import P\nexcept ImportError: pass", "solvers/x.py:2 imports"),
     ("problems/own.py", "from bilevel.trainer import fit", "problems/own.py:1 imports bilevel.trainer"),
-    ("problems/own.py", "import importlib\nimportlib.import_module('bilevel.hypergradient')", "problems/own.py:2 imports"),
+    (
+        "problems/own.py",
+        "import importlib\nimportlib.import_module('bilevel.hypergradient')",
+        "problems/own.py:2 imports",
+    ),
     ("trainer/run.py", "from bilevel.problems import Digits", "trainer/run.py:1 imports bilevel.problems"),
     ("trainer/run.py", "from bilevel.tracking.jsonl import J", "trainer/run.py:1 imports bilevel.tracking.jsonl"),
     ("data/a.py", "from bilevel.problem import Problem", "data/a.py:1 imports bilevel.problem"),
@@ -144,7 +148,9 @@ PLANTED = [
 ]
 
 
-@pytest.mark.parametrize(("file", "source", "fault"), PLANTED, ids=[f"{file}-{n}" for n, (file, *_) in enumerate(PLANTED)])
+@pytest.mark.parametrize(
+    ("file", "source", "fault"), PLANTED, ids=[f"{file}-{n}" for n, (file, *_) in enumerate(PLANTED)]
+)
 def test_planted_wrong_imports_are_found(tmp_path, file, source, fault):
     path = tmp_path / "bilevel" / file
     path.parent.mkdir(parents=True)

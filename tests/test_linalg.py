@@ -691,7 +691,11 @@ UNTAGGED, TALL = MatrixOperator(torch.eye(2)), MatrixOperator(torch.ones(3, 2))
 @pytest.mark.parametrize(
     ("solver", "operator", "message"),
     [
-        (ConjugateGradient(), UNTAGGED, "ConjugateGradient needs an operator that is symmetric, .* not tagged so: use GMRES"),
+        (
+            ConjugateGradient(),
+            UNTAGGED,
+            "ConjugateGradient needs an operator that is symmetric, .* not tagged so: use GMRES",
+        ),
         (MINRES(), UNTAGGED, "MINRES needs an operator that is symmetric, .* not tagged so: use GMRES"),
         (DenseCholesky(), UNTAGGED, "DenseCholesky needs an operator that is symmetric, .* not tagged so: use DenseLU"),
         (NeumannSeries(), UNTAGGED, "pass step_size .*or use GMRES"),

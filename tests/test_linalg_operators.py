@@ -258,9 +258,7 @@ def test_lanczos_finds_the_ends_of_the_spectrum_from_within():
         if before is not None:
             assert ritz.smallest <= before.smallest + 1e-10 and ritz.largest >= before.largest - 1e-10
         before = ritz
-    torch.testing.assert_close(
-        ends(ritz), torch.tensor([-3.0, 10.0]), rtol=1e-9, atol=1e-9
-    )
+    torch.testing.assert_close(ends(ritz), torch.tensor([-3.0, 10.0]), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("num_steps", [3, 4, 10, 50])

@@ -39,7 +39,10 @@ class Ridge(Problem):
         self.scale = torch.nn.Linear(1, 1)
 
     def init_hparams(self):
-        return {"penalty": {"weight": torch.tensor([0.5, 1.0, 2.0]), "bias": torch.tensor(0.3)}, "shift": torch.tensor(0.0)}
+        return {
+            "penalty": {"weight": torch.tensor([0.5, 1.0, 2.0]), "bias": torch.tensor(0.3)},
+            "shift": torch.tensor(0.0),
+        }
 
     def init_params(self, hparams):
         return {"layer": {"weight": hparams["shift"] + torch.zeros(3)}, "bias": torch.zeros(())}
@@ -295,9 +298,13 @@ def test_a_loss_that_is_no_scalar_is_refused(num_tasks, returned, came):
 
     flat = FlatProblem.of(Wrong(num_tasks), natural(Ridge()))
     x = flat.start(natural(Ridge()))
-    with pytest.raises(UsageError, match=rf"inner_loss was expected to return a scalar .* one task, but returned {came}"):
+    with pytest.raises(
+        UsageError, match=rf"inner_loss was expected to return a scalar .* one task, but returned {came}"
+    ):
         flat.objective(None).loss(x, {})
-    with pytest.raises(UsageError, match=rf"outer_loss was expected to return a scalar .*{came}: take the mean or the sum"):
+    with pytest.raises(
+        UsageError, match=rf"outer_loss was expected to return a scalar .*{came}: take the mean or the sum"
+    ):
         flat.outer_loss(x, {}, None)
 
 
@@ -426,7 +433,9 @@ def test_the_paths_of_every_hyperparameter_are_found():
 
 def test_a_hypergradient_of_zeros_is_refused_but_single_zeros_are_not():
     check_not_all_zero({"a": torch.tensor([0.0, 1e-300]), "empty": torch.zeros(0)}, Implicit())
-    with pytest.raises(UsageError, match="whole hypergradient of 'b' is exactly zero in the first step, so Implicit cannot"):
+    with pytest.raises(
+        UsageError, match="whole hypergradient of 'b' is exactly zero in the first step, so Implicit cannot"
+    ):
         check_not_all_zero({"a": torch.ones(1), "b": torch.zeros(2)}, Implicit())
 
 

@@ -22,6 +22,7 @@ def test_the_own_problem_runs_and_improves(capsys):
 def test_the_decorator_example_differentiates():
     torch.set_default_dtype(torch.float64)
     try:
+
         def solver(theta):
             x = theta.clone()
             for _ in range(50):

@@ -258,7 +258,9 @@ def test_acceleration_pays():
 def linear_fixed_point(n=6):
     matrix = 0.95 * torch.linalg.qr(normal(n, n))[0]
     offset = normal(n, seed=1)
-    return Objective(optimality=lambda x, h: x - (matrix @ x + offset)), torch.linalg.solve(torch.eye(n) - matrix, offset)
+    return Objective(optimality=lambda x, h: x - (matrix @ x + offset)), torch.linalg.solve(
+        torch.eye(n) - matrix, offset
+    )
 
 
 def test_anderson_solves_a_linear_fixed_point_in_about_n_steps():
@@ -317,7 +319,9 @@ def test_a_tolerance_below_rounding_ends_in_stagnation_not_in_an_endless_loop(so
 @pytest.mark.parametrize("solver", [LBFGS(), NewtonCG()], ids=name_of)
 def test_full_batch_solvers_refuse_minibatches(solver):
     assert solver.full_batch and not solver.differentiable
-    with pytest.raises(UsageError, match=rf"{name_of(solver)} .*needs the full batch, .*GradientDescent or TorchOptimizer"):
+    with pytest.raises(
+        UsageError, match=rf"{name_of(solver)} .*needs the full batch, .*GradientDescent or TorchOptimizer"
+    ):
         solve(solver, lambda number: QUADRATIC, torch.ones(2))
 
 

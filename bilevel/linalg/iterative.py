@@ -110,8 +110,9 @@ class IterativeSolver(LinearSolver):
     A system has converged when its true residual is at most `max(rtol ‖b‖ + atol, max(8, √n) eps (‖A‖ ‖x‖ + ‖b‖))`:
     the second term is the backward error of a stable direct solver, below which no residual can be pushed in that
     precision; where it exceeds the fourth root of the rounding level times `‖b‖` it counts no longer, and a system whose
-    iterate has grown so far unsolved is reported as singular. Claims of the recurrence are verified by the true residual wherever rounding could have spoilt them, and
-    every 50 steps. A system whose residual has not halved in `max(10 n, 1000)` steps has stagnated.
+    iterate has grown so far unsolved is reported as singular. Claims of the recurrence are verified by the true residual
+    wherever rounding could have spoilt them, and every 50 steps. A system whose residual has not halved in
+    `max(10 n, 1000)` steps has stagnated.
 
     Args:
         rtol: tolerance relative to the norm of the right-hand side; None makes `max_steps` a budget.

@@ -48,7 +48,9 @@ class TorchOptimizer(InnerSolver):
         """One step of the optimiser, which may evaluate the gradient several times (`torch.optim.LBFGS`)."""
         leaf = params.detach().clone().requires_grad_()
         optimizer = self.optimizer([leaf])
-        optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it works in place; the state given stays as it was
+        optimizer.load_state_dict(
+            copy.deepcopy(state["optimizer"])
+        )  # it works in place; the state given stays as it was
         seen: list[Tensor] = []
 
         def closure() -> Any:
