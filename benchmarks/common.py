@@ -25,12 +25,13 @@ PAUSE = 0.1  # seconds between two timings: lets the idle threads of one library
 
 @dataclass(frozen=True)
 class Claim:
-    """A figure that must not exceed its target.
+    """A figure that must not exceed its target, or not fall below it.
 
     Attributes:
         name: what is claimed, in a few words.
         figure: as measured in this run; NaN when it could not be measured, which misses the claim.
-        target: the largest figure that meets it.
+        target: the largest figure that meets it, or the smallest.
+        at_least: the target is the smallest figure that meets it.
 
     Example:
         >>> print(Claim("product of the MLP, in gradients", 1.62, 2.0))
@@ -40,15 +41,16 @@ class Claim:
     name: str
     figure: float
     target: float
+    at_least: bool = False
 
     @property
     def met(self) -> bool:
-        """Whether the figure is at most the target."""
-        return self.figure <= self.target
+        """Whether the figure keeps to the target; NaN never does."""
+        return self.figure >= self.target if self.at_least else self.figure <= self.target
 
     def __str__(self) -> str:
-        verdict = "met" if self.met else "MISSED"
-        return f"claim {self.name}: {self.figure:.3g} (target at most {self.target:.3g}): {verdict}"
+        verdict, bound = "met" if self.met else "MISSED", "at least" if self.at_least else "at most"
+        return f"claim {self.name}: {self.figure:.3g} (target {bound} {self.target:.3g}): {verdict}"
 
 
 def parse(description: str, argv: Sequence[str] | None = None, *, device: bool = True) -> argparse.Namespace:
