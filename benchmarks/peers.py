@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -133,6 +134,17 @@ def jaxopt_custom_root(task: Task, num_steps: int) -> Hypergradient:
         return {name: torch.from_dlpack(value) for name, value in zip(names, result, strict=True)}
 
     return compute
+
+
+def versions() -> dict[str, str]:
+    """What is installed of the libraries that take part."""
+    found: dict[str, str] = {}
+    for name in ("torchopt", "higher", "jaxopt", "jax"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
 
 
 PEERS: dict[str, Callable[[Task, int], Hypergradient]] = {

@@ -17,7 +17,9 @@ def generator(*seeds: int) -> torch.Generator:
         >>> bool(torch.equal(torch.rand(2, generator=generator(0, 1)), torch.rand(2, generator=generator(0, 1))))
         True
     """
-    entropy = np.random.SeedSequence([len(seeds), *(seed & 0xFFFFFFFF for seed in seeds)]).generate_state(1, np.uint64)[0]
+    entropy = np.random.SeedSequence([len(seeds), *(seed & 0xFFFFFFFF for seed in seeds)]).generate_state(1, np.uint64)[
+        0
+    ]
     return torch.Generator().manual_seed(int(entropy >> np.uint64(1)))
 
 

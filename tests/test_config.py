@@ -13,7 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from bilevel.cli.allow import check_hydra, check_targets
-from bilevel.cli.build import find_target
+from bilevel.cli.build import build, find_target
 from bilevel.cli.composer import composer, resolve
 from bilevel.cli.paths import conf_directory, config_groups
 from bilevel.cli.settings import Settings
@@ -135,6 +135,20 @@ def test_every_option_composes(group, option):
 def test_every_file_lists_what_its_class_takes(group, option):
     said = [line for where, node in described(CONF, group, option) for line in differences(where, node)]
     assert not said, "\n".join(said)
+
+
+@pytest.mark.parametrize(("group", "option"), options(CONF))
+def test_every_option_instantiates(group, option):
+    import torch
+
+    from bilevel.cli.job import assemble
+
+    job = compose_option(CONF, group, option)
+    if "problem" in job:
+        parts = assemble(job, torch.device("cpu"), torch.float32)
+        assert parts.problem.init_hparams() and parts.hypergradient is not None
+    else:
+        assert build(OmegaConf.to_container(job["chosen"]), group) is not None
 
 
 def test_the_main_job_composes():
