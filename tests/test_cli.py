@@ -777,13 +777,11 @@ def test_bash_completes_the_fronts(tiny):
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
-def test_report_of_a_run(capsys, monkeypatch, tmp_path):
-    written: list[Path] = []
-    monkeypatch.setattr("bilevel.report.write_report", written.append, raising=False)
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0}) + "\n")
+def test_report_of_a_run(capsys, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, "outer_loss": 1.0}) + "\n")
     assert main(["report", str(tmp_path)]) == 0
-    assert written == [tmp_path]
     assert capsys.readouterr().out == f"report: {tmp_path / 'report.html'}\n"
+    assert (tmp_path / "report.html").is_file()
 
 
 @pytest.mark.parametrize(
@@ -792,7 +790,7 @@ def test_report_of_a_run(capsys, monkeypatch, tmp_path):
         ([], "report takes one folder"),
         (["a", "b"], "report takes one folder"),
         (["nowhere"], "there is no folder 'nowhere'"),
-        (["."], "it is no run and no sweep"),
+        (["."], "Expected a run directory"),
     ],
 )
 def test_report_of_something_else(words, expected, capsys, tmp_path, monkeypatch):

@@ -34,10 +34,7 @@ def main(words: Sequence[str]) -> int:
     directory = Path(words[0]).expanduser()
     if not directory.is_dir():
         raise UsageError(f"report takes the folder of a run or a sweep, and there is no folder '{words[0]}'.")
-    if not any((folder / "metrics.jsonl").is_file() for folder in (directory, *directory.iterdir())):
-        raise UsageError(f"neither '{words[0]}' nor a folder in it has a metrics.jsonl: it is no run and no sweep.")
-    from bilevel.report import write_report
+    from bilevel.report import report
 
-    write_report(directory)
-    print(f"report: {directory / 'report.html'}")
+    print(f"report: {report(directory)}")
     return 0
