@@ -10,9 +10,18 @@ from bilevel.constraints import Bijections, Box, Positive, Real, Simplex, UnitIn
 from bilevel.data import Minibatches, load_digits
 from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem, StepBatches
-from bilevel.hypergradient import FiniteDifference, ForwardMode, Implicit, OneStep, Unrolled, find_paths
+from bilevel.hypergradient import (
+    FiniteDifference,
+    ForwardMode,
+    Hypergradient,
+    Implicit,
+    OneStep,
+    Unrolled,
+    find_paths,
+)
 from bilevel.hypergradient.paths import check_not_all_zero, check_paths
 from bilevel.problem import Problem
+from bilevel.receipt import Receipt
 from bilevel.rng import generator, get_state, normal, seed_everything, set_state
 from bilevel.solvers import LBFGS, GradientDescent, NewtonCG, TorchOptimizer
 from bilevel.trainer.state import set_up
@@ -244,7 +253,7 @@ def test_outputs_output_loss_and_penalty_make_the_inner_loss():
     problem, hparams = FromOutputs(), natural(Ridge())
     params = {"layer.weight": torch.ones(3), "bias": torch.zeros(())}
     mean = (problem.x.sum(-1) - problem.y).square().mean()
-    assert torch.equal(problem.inner_loss(params, hparams, None), mean)
+    torch.testing.assert_close(problem.inner_loss(params, hparams, None), mean)
     FromOutputs.penalty = lambda self, params, hparams: hparams["penalty.bias"] * 2
     torch.testing.assert_close(problem.inner_loss(params, hparams, None), mean + 0.6)
 
@@ -432,11 +441,16 @@ def test_the_paths_of_every_hyperparameter_are_found():
 
 
 def test_a_hypergradient_of_zeros_is_refused_but_single_zeros_are_not():
-    check_not_all_zero({"a": torch.tensor([0.0, 1e-300]), "empty": torch.zeros(0)}, Implicit())
-    with pytest.raises(
-        UsageError, match="whole hypergradient of 'b' is exactly zero in the first step, so Implicit cannot"
-    ):
-        check_not_all_zero({"a": torch.ones(1), "b": torch.zeros(2)}, Implicit())
+    def computed(linear_result="converged", **gradient):
+        return Hypergradient(gradient, torch.zeros(1), {}, Receipt(linear_result=linear_result), 0.0, 0.0)
+
+    check_not_all_zero(computed(a=torch.tensor([0.0, 1e-300]), empty=torch.zeros(0)), Implicit())
+    for result in ("converged", "budget_spent", None):
+        with pytest.raises(
+            UsageError, match="whole hypergradient of 'b' is exactly zero in the first step, so Implicit"
+        ):
+            check_not_all_zero(computed(result, a=torch.ones(1), b=torch.zeros(2)), Implicit())
+    check_not_all_zero(computed("negative_curvature", b=torch.zeros(2)), Implicit())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def test_the_mlp_improves_with_a_decay_for_each_weight():
     method = Implicit(linear_solver=ConjugateGradient(rtol=1e-3, max_steps=100))
     optimizer = functools.partial(torch.optim.Adam, lr=0.3)
     result = fit(
-        problem, solver=LBFGS(max_steps=150, atol=1e-4), hypergradient=method, optimizer=optimizer, num_steps=5
+        problem, solver=LBFGS(max_steps=400, atol=1e-4), hypergradient=method, optimizer=optimizer, num_steps=5
     )
     assert set(result.hparams) == {"penalty.layer0", "penalty.layer1"}
     assert result.hparams["penalty.layer0"].shape == (8, 64)

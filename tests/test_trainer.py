@@ -224,6 +224,16 @@ def test_bad_problems_get_one_sentence(change, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_failed_linear_solve_is_not_taken_for_a_disconnected_hyperparameter():
+    class Saddle(Shrink):
+        def inner_loss(self, params, hparams, batch):
+            return hparams["penalty"] * params["w"].sum() - params["w"].square().sum()
+
+    result = fit(Saddle(), solver=GradientDescent(max_steps=1), num_steps=2)
+    assert result.history[0]["receipt.linear_result"] == "negative_curvature"
+    assert result.history[0]["hypergradient_norm"] == 0.0
+
+
 def test_a_disconnected_hyperparameter_is_named_before_anything_is_written(tmp_path):
     class Disconnected(Shrink):
         def init_hparams(self):

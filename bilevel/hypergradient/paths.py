@@ -10,7 +10,8 @@ from torch.autograd import grad
 
 from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem, StepBatches
-from bilevel.hypergradient.method import HypergradientMethod, leaves
+from bilevel.hypergradient.method import Hypergradient, HypergradientMethod, leaves
+from bilevel.result import Result
 from bilevel.solvers import InnerSolver
 
 EXPLANATIONS = {
@@ -98,9 +99,15 @@ def check_paths(
         )
 
 
-def check_not_all_zero(gradient: Mapping[str, Tensor], method: HypergradientMethod) -> None:
-    """Refuse a first hypergradient of which a whole tensor is exactly zero (single zeros are common and fine)."""
-    for name, value in gradient.items():
+def check_not_all_zero(result: Hypergradient, method: HypergradientMethod) -> None:
+    """Refuse a first hypergradient of which a whole tensor is exactly zero (single zeros are common and fine).
+
+    A linear solve that failed may return zero for reasons of its own, which its receipt tells; that proves nothing here.
+    """
+    linear = result.receipt.linear_result
+    if linear is not None and not Result[linear].successful:
+        return
+    for name, value in result.gradient.items():
         if value.numel() and not bool(value.any()):
             raise UsageError(
                 f"the whole hypergradient of '{name}' is exactly zero in the first step, so {type(method).__name__} cannot "

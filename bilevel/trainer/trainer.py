@@ -76,7 +76,7 @@ class Trainer:
         result = setup.method.compute(setup.problem, setup.solver, state.params, hparams, batches, state.method)
         finite = is_finite(result)
         if finite and state.step == 0:
-            check_not_all_zero(result.gradient, setup.method)
+            check_not_all_zero(result, setup.method)
         rate = float(state.optimizer.param_groups[0]["lr"])
         norm = float(torch.cat([part.detach().flatten() for part in result.gradient.values()]).norm())
         self._count(state, result)
