@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -71,6 +72,9 @@ def parse(description: str, argv: Sequence[str] | None = None, *, device: bool =
     if device:
         parser.add_argument("--device", default="cpu", help="a torch device (default: cpu)")
     options = parser.parse_args(argv)
+    options.load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if options.load > 0.5 and not options.quick:
+        print(f"note: other jobs use this machine (load {options.load:.1f}); timings need an idle one", file=sys.stderr)
     if options.quick:
         torch.set_num_threads(
             1
@@ -178,7 +182,7 @@ def finish(
         content = {
             "claims": judged,
             "rows": list(rows),
-            "machine": machine(getattr(options, "device", "cpu")),
+            "machine": {**machine(getattr(options, "device", "cpu")), "load at the start": options.load},
             **(facts or {}),
         }
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
         large: list[Row] = []
     else:
         small = measure(Task.make(*SMALL, 100, options.device), 21, options.device)
-        large = measure(Task.make(*LARGE, 30, options.device), 7, options.device)
+        large = measure(Task.make(*LARGE, 60, options.device), 7, options.device)
     print(table(small + large))
     claims = [] if options.quick else make_claims("small", small, 1.5) + make_claims("large", large, 1.1)
     return finish(options, small + large, claims, {"peers": versions()})
