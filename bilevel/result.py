@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class Result(Enum):
     )
     nonfinite = "a non-finite value appeared: check the inputs, the inner solution and the precision"
 
-    @property
+    @cached_property
     def code(self) -> int:
         """Position in the enumeration; what tensors of results hold."""
         return list(Result).index(self)

@@ -61,14 +61,18 @@ class ConjugateGradient(IterativeSolver):
         product = system.mv(direction)
         curvature = system.inner(direction, product)
         rayleigh = curvature / system.inner(direction, direction)
-        indefinite = (curvature <= 0) & (rho != 0)
-        alpha = divide(rho, curvature).masked_fill(indefinite, 0.0)
-        x = torch.addcmul(x, columns(alpha), direction)
-        residual = torch.addcmul(residual, columns(alpha), product, value=-1)
+        # In small problems these scalars cost as much as the product, so each is made once and with few operations. A
+        # quotient is zero where its system is done (`rho = 0`) or must not move (no positive curvature).
+        done, flat = rho == 0, curvature <= 0
+        indefinite = flat & ~done
+        alpha = (rho / curvature).masked_fill_(flat, 0.0)
+        length = columns(alpha)
+        x = torch.addcmul(x, length, direction)
+        residual = torch.addcmul(residual, length, product, value=-1)
         preconditioned = system.precondition(residual)
         new_rho = system.inner(residual, preconditioned)
-        beta = divide(new_rho, rho)
-        root, inverse = beta.sqrt(), divide(torch.ones_like(alpha), alpha)
+        beta = (new_rho / rho).masked_fill_(done, 0.0)
+        root, inverse = beta.sqrt(), (curvature / rho).masked_fill_(done, 0.0)  # inverse is 1 / alpha
         if system.preconditioner is None:
             estimate = new_rho.sqrt()
             # CG is Lanczos in disguise: the sum of a row of its tridiagonal matrix is near the largest eigenvalue long

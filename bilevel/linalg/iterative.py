@@ -244,8 +244,9 @@ class _Run:
             self.num_mv = self.num_mv + self.solver.products_to_start * self.running
             for number in range(1, self.solver.max_steps + 1):
                 memory, progress = self.solver.step(self.system, memory)
-                self._account(progress)
-                if not self._eventful(progress, number):
+                finite = progress.estimate < torch.inf  # False for NaN too
+                self._account(progress, finite)
+                if not self._eventful(progress, finite, number):
                     continue
                 memory = self._judge(memory, progress, number)
                 if not bool(self.running.any()):
@@ -253,11 +254,10 @@ class _Run:
                 self.everyone = bool(self.running.all())
         return self._solution()
 
-    def _account(self, progress: Progress) -> None:
+    def _account(self, progress: Progress, finite: Tensor) -> None:
         """Count the products and widen the ranges of the systems that are still running."""
         self.num_mv = self._update(self.num_mv, self.num_mv + self.solver.products_per_step)
         self.gain = self._update(self.gain, torch.fmax(self.gain, progress.gain))
-        finite = progress.estimate < torch.inf  # False for NaN too
         self.peak = self._update(self.peak, torch.where(finite, torch.maximum(self.peak, progress.estimate), self.peak))
         if progress.curvature is not None:
             self.curvature_min = self._update(self.curvature_min, torch.fmin(self.curvature_min, progress.curvature))
@@ -279,11 +279,11 @@ class _Run:
     def _is_refresh(self, number: int) -> bool:
         return self.tolerance is not None and number % CHECK_PERIOD == 0
 
-    def _eventful(self, progress: Progress, number: int) -> bool:
+    def _eventful(self, progress: Progress, finite: Tensor, number: int) -> bool:
         """Whether a step needs a closer look. Most do not: in small problems this question is all that they may cost."""
         if number == self.solver.max_steps or self._is_refresh(number):
             return True
-        event = (progress.status != Result.running.code) | ~(progress.estimate < torch.inf)
+        event = (progress.status != Result.running.code) | ~finite
         if self.tolerance is not None:
             event = event | self._claims(progress)
         return bool((event & self.running).any())
