@@ -8,7 +8,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from bilevel.linalg.iterative import IterativeSolver, Progress, System, columns, divide
+from bilevel.linalg.iterative import IterativeSolver
+from bilevel.linalg.system import Progress, System, columns, divide
 from bilevel.result import Result, full_codes
 
 

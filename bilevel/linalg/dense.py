@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import UsageError
-from bilevel.linalg.iterative import worthless_level
 from bilevel.linalg.matrix import MatrixOperator
 from bilevel.linalg.operator import SYMMETRIC, LinearOperator, Tag, as_matrix, norm
 from bilevel.linalg.solver import LinearSolver, check_vector
+from bilevel.linalg.system import worthless_level
 from bilevel.result import Result, Solution
 
 

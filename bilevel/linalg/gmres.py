@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import UsageError
-from bilevel.linalg.iterative import IterativeSolver, Progress, System, columns, divide, select
+from bilevel.linalg.iterative import IterativeSolver
+from bilevel.linalg.system import Progress, System, columns, divide, select
 from bilevel.result import Result, full_codes
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import UsageError
-from bilevel.linalg.iterative import IterativeSolver, Progress, System, columns, divide
+from bilevel.linalg.iterative import IterativeSolver
 from bilevel.linalg.operator import LinearOperator
+from bilevel.linalg.system import Progress, System, columns, divide
 from bilevel.result import Result, Solution, full_codes
 
 

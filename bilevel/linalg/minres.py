@@ -8,8 +8,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from bilevel.linalg.iterative import IterativeSolver, Progress, System, columns, divide, rounding_level
+from bilevel.linalg.iterative import IterativeSolver
 from bilevel.linalg.operator import SYMMETRIC, Tag
+from bilevel.linalg.system import Progress, System, columns, divide, rounding_level
 from bilevel.result import Result, full_codes
 
 

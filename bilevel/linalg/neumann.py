@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import UsageError
-from bilevel.linalg.iterative import IterativeSolver, Progress, System, columns, divide
+from bilevel.linalg.iterative import IterativeSolver
 from bilevel.linalg.operator import LinearOperator, Tag
 from bilevel.linalg.spectrum import lanczos
+from bilevel.linalg.system import Progress, System, columns, divide
 from bilevel.result import Result, Solution
 
 NUM_ESTIMATE = 8

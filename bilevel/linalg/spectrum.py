@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import UsageError
-from bilevel.linalg.iterative import columns, divide
 from bilevel.linalg.operator import LinearOperator, Tag
+from bilevel.linalg.system import columns, divide
 from bilevel.rng import generator, normal
 
 

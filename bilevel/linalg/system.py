@@ -1,0 +1,90 @@
+"""What an iterative method and the loop hand each other: the system, a step's progress, and arithmetic under masks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bilevel.linalg.operator import LinearOperator
+
+
+def rounding_level(n: int, dtype: torch.dtype) -> float:
+    """Backward error that rounding leaves in a product of length `n`: `max(8, √n) eps`; no solver can do better."""
+    return max(8.0, math.sqrt(n)) * torch.finfo(dtype).eps
+
+
+def worthless_level(n: int, dtype: torch.dtype) -> float:
+    """Relative residual above which rounding is no excuse: where the attainable one is larger, `A` is as good as singular.
+
+    The fourth root of the rounding level: a condition number of about 1e11 in float64, 3e4 in float32.
+    """
+    return rounding_level(n, dtype) ** 0.25
+
+
+@dataclass(frozen=True)
+class System:
+    """What a method may use: products, the preconditioner, the operator's inner product, and what `init` prepared."""
+
+    operator: LinearOperator
+    preconditioner: LinearOperator | None
+    state: Any
+
+    def mv(self, vector: Tensor) -> Tensor:
+        """`A v`."""
+        return self.operator.mv(vector)
+
+    def precondition(self, vector: Tensor) -> Tensor:
+        """`M^-1 v`, or `v` without a preconditioner."""
+        return vector if self.preconditioner is None else self.preconditioner.mv(vector)
+
+    def inner(self, u: Tensor, v: Tensor) -> Tensor:
+        """Inner product of each system."""
+        return self.operator.inner(u, v)
+
+    def norm(self, vector: Tensor) -> Tensor:
+        """Norm of each system's vector."""
+        return self.operator.inner(vector, vector).sqrt()
+
+
+class Progress(NamedTuple):
+    """What one step tells the loop about each system, shapes `(*batch,)`.
+
+    Attributes:
+        estimate: norm of the residual as the recurrence has it.
+        gain: a lower estimate of the operator's norm, from this step's product.
+        status: codes of `Result`; `running` where all is well.
+        curvature: Rayleigh quotient seen in this step, if the method has one.
+        optimal: norm of `A^T r` over the norm of `r` (least squares only).
+    """
+
+    estimate: Tensor
+    gain: Tensor
+    status: Tensor
+    curvature: Tensor | None = None
+    optimal: Tensor | None = None
+
+
+def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """`a / b`, and 0 where `b` is 0: a system that is done stays where it is instead of turning into NaN."""
+    return (numerator / denominator).masked_fill_(denominator == 0, 0.0)
+
+
+def columns(scalar: Tensor) -> Tensor:
+    """A scalar for each system, `(*batch,)`, ready to multiply vectors `(*batch, n)`."""
+    return scalar.unsqueeze(-1)
+
+
+def select(mask: Tensor, new: Any, old: Any) -> Any:
+    """Field by field, the new memory for the systems in the mask and the old one for the others."""
+
+    def pick(fresh: Tensor, stale: Tensor) -> Tensor:
+        if fresh is stale:
+            return stale
+        shape = mask.shape + (1,) * (fresh.ndim - mask.ndim)
+        return torch.where(mask.reshape(shape), fresh, stale)
+
+    return type(old)(*(pick(fresh, stale) for fresh, stale in zip(new, old, strict=True)))
