@@ -107,8 +107,9 @@ class CountingOperator(LinearOperator):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The table. `reached`: converged, and within the bound of a dense solve. `honest`: that, or `stagnated`. `.`: the
-# solver does not apply (a tag is missing, or the condition number is beyond the method's rate). BiCGStab's stabiliser is
-# one minimal-residual step, which needs a spectrum on one side of zero: it is only asked to be honest about others.
+# solver does not apply (a tag is missing, or the condition number is beyond the method's rate). BiCGStab's stabilising
+# polynomials suit spectra on one side of zero: on both sides, at a condition number of 1e4, no degree up to 8 gets
+# below a residual of 1e-4 in 40,000 products, so that it is only asked to be honest there.
 
 TABLE = """
                     DenseLU  DenseCholesky  ConjugateGradient  NeumannSeries  MINRES   GMRES    BiCGStab  LSMR
@@ -118,11 +119,10 @@ definite    1e8     reached  reached        reached            .              ho
 indefinite  1e2     reached  .              .                  .              reached  reached  reached   reached
 indefinite  1e4     reached  .              .                  .              reached  reached  honest    reached
 indefinite  1e8     reached  .              .                  .              honest   reached  honest    honest
-unsymmetric 1e2     reached  .              .                  .              .        reached  reached   reached
+unsymmetric 1e2     reached  .              .                  reached        .        reached  reached   reached
 unsymmetric 1e4     reached  .              .                  .              .        reached  reached   reached
 unsymmetric 1e8     reached  .              .                  .              .        reached  honest    honest
 """
-SLOW = {("LSMR", 1e4), ("ConjugateGradient", 1e8)}  # tens of thousands of products: one right-hand side instead of four
 SCALES = torch.tensor([1.0, 1.0, 1e-13, 1e-200], dtype=torch.float64)
 
 
@@ -136,28 +136,26 @@ def cells():
     return table
 
 
-def table_solver(name, kappa):
+def table_solver(name, kind, kappa):
     many = {"rtol": 1e-13 if kappa <= 1e4 else 0.0, "atol": 0.0, "max_steps": 60_000}
     return {
         "DenseLU": DenseLU(),
         "DenseCholesky": DenseCholesky(),
         "ConjugateGradient": ConjugateGradient(**many),
-        "NeumannSeries": NeumannSeries(**many),
+        "NeumannSeries": NeumannSeries(step_size=1.0 if kind == "unsymmetric" else None, **many),
         "MINRES": MINRES(**many),
         "GMRES": GMRES(restart=N, **many),
         "BiCGStab": BiCGStab(**many),
-        "LSMR": LSMR(**{**many, "rtol": min(1e-11 if kappa == 1e4 else 1e-13, 1e-15 * kappa)}),
+        "LSMR": LSMR(**{**many, "rtol": 1e-13}),
     }[name]
 
 
 @pytest.mark.parametrize(("name", "kind", "kappa", "outcome"), cells())
 def test_table_of_solvers_operators_and_right_hand_sides(name, kind, kappa, outcome):
     operator, eigenvector = operator_of(kind, kappa)
-    solver, bound = table_solver(name, kappa), 1e-9 if kappa <= 1e4 else 1e-6
+    solver, bound = table_solver(name, kind, kappa), 1e-9 if kappa <= 1e4 else 1e-6
     unit = torch.stack([normal(N, seed=7), eigenvector, normal(N, seed=8), normal(N, seed=9)])
     scales = SCALES.unsqueeze(-1)
-    if (name, kappa) in SLOW:
-        unit, scales = unit[:1], scales[:1]
     solution = solver.compute(solver.init(operator), unit * scales)
     exact = torch.linalg.solve(operator.matrix, unit.T).T
     errors = (solution.value / scales - exact).norm(dim=-1) / exact.norm(dim=-1)
@@ -206,7 +204,6 @@ def small(kappa=20.0, n=30, seed=0):
 def test_zero_right_hand_side_gets_exact_zero_for_no_product(solver):
     operator = CountingOperator(small())
     state = solver.init(operator)
-    operator.products.clear()  # the estimate of Neumann's step belongs to the operator
     solution = solver.compute(state, torch.zeros(30), x0=normal(30))
     assert torch.equal(solution.value, torch.zeros(30))
     assert solution.worst is Result.converged
@@ -231,9 +228,8 @@ def test_multiple_of_the_identity_takes_a_step(solver, n, factor):
     solution = solver.compute(solver.init(operator), vector)
     assert solution.worst is Result.converged
     torch.testing.assert_close(solution.value, vector / factor, rtol=1e-13, atol=0)
-    steps = 1 if isinstance(solver, (DenseLU, DenseCholesky)) else solver.products_per_step + solver.products_to_start
-    estimate = min(8, n) if isinstance(solver, NeumannSeries) else 0
-    assert int(solution.num_mv) <= steps + 1 + estimate  # one more verifies a claim made at rounding level
+    one_step = {"LSMR": 3, "BiCGStab": 4, "NeumannSeries": 1 + min(8, n)}.get(name_of(solver), 1)
+    assert int(solution.num_mv) <= one_step + 1  # one more verifies a claim made at rounding level
 
 
 def test_neumann_with_the_right_step_needs_one_term_on_a_multiple_of_the_identity():
@@ -286,7 +282,7 @@ def test_gmres_restarts_one_system_of_a_batch_without_disturbing_the_others():
     """In mid-cycle the columns before the restarted system's own are zero and must count for nothing."""
     matrices, vectors = batch_of_four()
     matrices, vectors, solver = matrices[1:3], vectors[1:3], GMRES(restart=30, max_steps=1000)
-    system = System(MatrixOperator(matrices), None, None)
+    system = System(MatrixOperator(matrices))
     memory, _ = gmres_by_hand(solver, system, solver.start(system, vectors), 6)
     left = vectors - system.mv(solver.correction(system, memory))
     memory = solver.restart_from(system, memory, torch.tensor([False, True]), left)
@@ -298,7 +294,7 @@ def test_gmres_restarts_one_system_of_a_batch_without_disturbing_the_others():
                 true = (left[1] - matrices[1] @ correction[1]).norm()
                 torch.testing.assert_close(progress.estimate[1], true, rtol=1e-8, atol=1e-14)
                 continue
-            alone = System(MatrixOperator(matrices[index]), None, None)
+            alone = System(MatrixOperator(matrices[index]))
             expected, _ = gmres_by_hand(solver, alone, solver.start(alone, start), steps)
             torch.testing.assert_close(correction[index], solver.correction(alone, expected), rtol=1e-10, atol=1e-12)
 
@@ -306,7 +302,7 @@ def test_gmres_restarts_one_system_of_a_batch_without_disturbing_the_others():
 def test_gmres_does_not_judge_a_cycle_that_it_cut_short():
     """A cyclic shift lowers no residual before step n: a whole cycle says `stagnated`, the rest of a cycle says nothing."""
     shift = torch.roll(torch.eye(20), 1, 0).expand(2, 20, 20)
-    system, solver = System(MatrixOperator(shift), None, None), GMRES(restart=5)
+    system, solver = System(MatrixOperator(shift)), GMRES(restart=5)
     vectors = torch.eye(20)[:1].expand(2, 20)
     memory, _ = gmres_by_hand(solver, system, solver.start(system, vectors), 3)
     memory = solver.restart_from(system, memory, torch.tensor([False, True]), vectors)
@@ -398,13 +394,11 @@ def test_neumann_follows_its_formula(num_terms, kind):
 def test_neumann_converges_at_the_rate_of_its_estimated_step():
     operator, vector = small(kappa=10.0), normal(30)
     solver = NeumannSeries(rtol=1e-8, max_steps=1000)
-    state = solver.init(operator)
-    largest = torch.linalg.eigvalsh(operator.matrix)[-1]
-    assert (
-        1.0 <= float(state.step_size * largest) <= 1.1
-    )  # a Ritz value lies below, so the step just above 1 / lambda_max
-    solution = solver.compute(state, vector)
-    terms = math.log(1e-8) / math.log(1 - float(state.step_size))  # the smallest eigenvalue is 1
+    step_size = float(solver.start(System(operator), vector).step_size)
+    largest = float(torch.linalg.eigvalsh(operator.matrix)[-1])
+    assert 1.0 <= step_size * largest <= 1.1  # a Ritz value lies below, so the step just above 1 / lambda_max
+    solution = solver.compute(solver.init(operator), vector)
+    terms = math.log(1e-8) / math.log(1 - step_size)  # the smallest eigenvalue is 1
     assert solution.worst is Result.converged and int(solution.num_mv) <= terms + 8 + 1
 
 
@@ -433,6 +427,54 @@ def test_an_indefinite_operator_is_reported_by_conjugate_gradient_and_solved_by_
     assert set(solution.results) == {Result.converged}
     assert float((solution.value - exact).norm() / exact.norm()) <= 1e-10
     assert bool((solution.curvature_min < 0).all()) and bool((solution.curvature_max > 0).all())
+
+
+def test_cg_returns_what_it_found_before_it_met_negative_curvature():
+    """The iterate, which lowers the quadratic, even where its residual is larger than that of the start."""
+    eigenvalues = torch.tensor([1.0, 100.0, -0.01])
+    vector = torch.tensor([1.0, 1.0, 0.1])
+    solver = ConjugateGradient(**TIGHT)
+    solution = solver.compute(solver.init(MatrixOperator(torch.diag(eigenvalues), SYMMETRIC)), vector)
+    assert solution.worst is Result.negative_curvature
+    steps = [ConjugateGradient(rtol=None, max_steps=k) for k in (1, 2)]
+    iterates = [s.compute(s.init(MatrixOperator(torch.diag(eigenvalues), SYMMETRIC)), vector).value for s in steps]
+    assert torch.equal(solution.value, iterates[1])
+    energy = 0.5 * (eigenvalues * solution.value.square()).sum() - vector @ solution.value
+    assert float(energy) < -0.4 and float(solution.residual_norm) > float(vector.norm()) * 0.01
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3, 4])
+def test_bicgstab_of_every_degree_solves_what_its_stabiliser_can(degree):
+    solver = BiCGStab(rtol=1e-11, max_steps=2000, degree=degree)
+    operator, _ = operator_of("unsymmetric", 30.0, n=60)
+    vector = normal(60)
+    solution = solver.compute(
+        solver.init(operator), vector, preconditioner=DiagonalOperator(torch.linspace(0.5, 2, 60))
+    )
+    assert solution.worst is Result.converged
+    torch.testing.assert_close(solution.value, torch.linalg.solve(operator.matrix, vector), rtol=1e-8, atol=1e-9)
+
+
+def test_bicgstab_of_degree_one_breaks_down_on_a_rotation_and_degree_two_does_not():
+    """A linear factor has a real root and a rotation's eigenvalues are imaginary (van der Vorst's known weakness)."""
+    blocks = torch.block_diag(*(torch.tensor([[0.0, -w], [w, 0.0]]) for w in (1.0, 2.0, 3.0)))
+    vector, outcomes = normal(6), {}
+    for degree in (1, 2):
+        solver = BiCGStab(rtol=1e-10, max_steps=200, degree=degree)
+        solution = solver.compute(solver.init(MatrixOperator(blocks)), vector)
+        outcomes[degree] = solution.worst
+    assert not outcomes[1].successful and outcomes[2] is Result.converged
+
+
+def test_neumann_sums_the_series_of_the_preconditioned_operator():
+    matrix = torch.diag(torch.tensor([1.0, 10.0, 1000.0]))
+    inverse = DiagonalOperator(1 / torch.tensor([1.1, 9.0, 1200.0]))
+    solver = NeumannSeries(step_size=1.0, rtol=1e-12)
+    solution = solver.compute(solver.init(MatrixOperator(matrix, SYMMETRIC)), torch.ones(3), preconditioner=inverse)
+    assert solution.worst is Result.converged and int(solution.num_mv) < 40
+    torch.testing.assert_close(solution.value, 1 / torch.diag(matrix), rtol=1e-11, atol=0)
+    with pytest.raises(UsageError, match="estimates its step without a preconditioner only: pass step_size"):
+        linear_solve(MatrixOperator(matrix, SYMMETRIC), torch.ones(3), NeumannSeries(), preconditioner=inverse)
 
 
 def test_curvature_seen_lies_within_the_spectrum():
@@ -505,9 +547,8 @@ def test_a_warm_start_at_the_solution_costs_one_product(solver):
     operator, vector = small(), normal(30)
     exact = torch.linalg.solve(operator.matrix, vector)
     state = solver.init(operator)
-    estimate = 8 if isinstance(solver, NeumannSeries) else 0
     solution = solver.compute(state, vector, x0=exact)
-    assert int(solution.num_mv) - estimate <= 1 and solution.worst is Result.converged
+    assert int(solution.num_mv) <= 1 and solution.worst is Result.converged
     torch.testing.assert_close(solution.value, exact, rtol=1e-14, atol=1e-14)
     near, cold = solver.compute(state, vector, x0=exact + 1e-8, rtol=1e-6), solver.compute(state, vector, rtol=1e-6)
     assert int(near.num_mv) < int(cold.num_mv)
@@ -519,9 +560,8 @@ def test_a_budget_is_spent_exactly_and_is_no_failure(solver):
     operator, vector = small(kappa=1e4), normal(30)
     solution = linear_solve(operator, vector, solver)
     assert solution.worst is Result.budget_spent and solution.successful
-    assert int(solution.num_mv) == 5 * solver.products_per_step + solver.products_to_start + (
-        8 if isinstance(solver, NeumannSeries) else 0
-    )
+    products = {"LSMR": 1 + 5 * 2, "BiCGStab": 5 * 2 * 2, "NeumannSeries": 8 + 5}.get(name_of(solver), 5)
+    assert int(solution.num_mv) == products
     torch.testing.assert_close(solution.residual_norm, residual_of(operator, solution, vector), rtol=1e-10, atol=0)
 
 
@@ -717,6 +757,7 @@ def test_operators_that_do_not_fit_are_refused_by_name(solver, operator, message
         (lambda: ConjugateGradient(rtol=1.0), r"ConjugateGradient needs rtol in \[0, 1\) or None .*but got 1.0"),
         (lambda: MINRES(rtol=-1e-3), "MINRES needs rtol"),
         (lambda: GMRES(atol=-1.0), "GMRES needs atol >= 0, but got -1.0"),
+        (lambda: BiCGStab(degree=0), "BiCGStab needs degree >= 1, but got 0"),
         (lambda: BiCGStab(max_steps=0), "BiCGStab needs max_steps >= 1, but got 0: IdentitySolver"),
         (lambda: GMRES(restart=0), "GMRES needs restart >= 1, but got 0"),
         (

@@ -92,11 +92,11 @@ class GMRES(IterativeSolver):
         vector = system.mv(system.precondition(basis[..., k, :].contiguous()))
         gain = system.norm(vector)
         column = basis.new_zeros(*basis.shape[:-2], k + 2)
+        done = basis[..., : k + 1, :]
         for _ in range(2):
-            for j in range(k + 1):
-                weight = system.inner(basis[..., j, :], vector)
-                vector = vector - columns(weight) * basis[..., j, :]
-                column[..., j] += weight
+            weights = system.inner(done.movedim(-2, 0), vector).movedim(0, -1)  # (*batch, k + 1)
+            vector = vector - (weights.unsqueeze(-2) @ done).squeeze(-2)
+            column[..., : k + 1] += weights
         length = system.norm(vector)
         tiny = 10 * torch.finfo(length.dtype).eps
         scale = torch.maximum(gain, torch.linalg.vector_norm(memory.upper, dim=-2).amax(-1))  # of the columns so far

@@ -39,8 +39,6 @@ class IterativeSolver(LinearSolver):
     atol: float = 0.0
     max_steps: int = 1000
 
-    products_per_step: ClassVar[int] = 1
-    products_to_start: ClassVar[int] = 0
     residual_may_wait: ClassVar[bool] = False  # True where a residual that does not fall means nothing
 
     def __post_init__(self) -> None:
@@ -75,23 +73,18 @@ class IterativeSolver(LinearSolver):
         """Start the systems in the mask anew from the residual; the others go on as they are."""
         return select(mask, self.start(system, residual), memory)
 
-    def operator_of(self, state: Any) -> LinearOperator:
-        """The operator that a state was prepared for."""
-        operator: LinearOperator = state
-        return operator
-
-    def init(self, operator: LinearOperator) -> Any:
+    def init(self, operator: LinearOperator) -> LinearOperator:
         """Check the tags; the operator is all the state there is."""
         self.check(operator)
         return operator
 
-    def transpose(self, state: Any) -> Any:
+    def transpose(self, state: LinearOperator) -> LinearOperator:
         """The transposed operator."""
         return state.transpose()
 
     def compute(
         self,
-        state: Any,
+        state: LinearOperator,
         vector: Tensor,
         *,
         x0: Tensor | None = None,
@@ -99,12 +92,12 @@ class IterativeSolver(LinearSolver):
         preconditioner: LinearOperator | None = None,
     ) -> Solution:
         """Run the method until every system is done; see `LinearSolver.compute`."""
-        operator = self.operator_of(state)
+        operator = state
         check_vector(operator, vector)
         if extra := tuple(vector.shape[: vector.ndim - 1 - len(operator.batch_shape)]):
             operator = SharedOperator(operator, extra)
         if x0 is not None:
             check_vector(operator, x0, "starting point x0", axis=1)
         with torch.no_grad():
-            loop = Loop(self, System(operator, preconditioner, state), vector, x0, self.rtol if rtol is None else rtol)
+            loop = Loop(self, System(operator, preconditioner), vector, x0, self.rtol if rtol is None else rtol)
             return loop.solve()

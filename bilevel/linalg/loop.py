@@ -78,7 +78,7 @@ class Loop:
         if x0 is not None and bool(self.running.any()):
             self.base = torch.where(columns(self.running), x0 / columns(safe), 0.0)
             residual = self.vector - system.mv(self.base)
-            self.num_mv = self.num_mv + self.running
+            self._charge(self.running)
             stale = ~system.norm(residual).isfinite()
             self.base = torch.where(columns(stale), 0.0, self.base)
             residual = torch.where(columns(stale), self.vector, residual)
@@ -94,7 +94,7 @@ class Loop:
             self.everyone = bool(self.running.all())
         if bool(self.running.any()):
             memory = self.solver.start(self.system, self.first_residual)
-            self.num_mv = self.num_mv + self.solver.products_to_start * self.running
+            self._charge(self.running)
             for number in range(1, self.solver.max_steps + 1):
                 memory, progress = self.solver.step(self.system, memory)
                 finite = progress.estimate < torch.inf  # False for NaN too
@@ -107,11 +107,17 @@ class Loop:
                 self.everyone = bool(self.running.all())
         return self._solution()
 
+    def _charge(self, systems: Tensor) -> None:
+        """Put the products made since the last charge on these systems' account."""
+        self.num_mv = self.num_mv + self.system.spent * systems
+        self.system.spent = 0
+
     def _account(self, progress: Progress, finite: Tensor) -> None:
         """Count the products and widen the ranges of the systems that are still running."""
-        self.num_mv = self._update(self.num_mv, self.num_mv + self.solver.products_per_step)
+        self._charge(self.running)
         self.gain = self._update(self.gain, torch.fmax(self.gain, progress.gain))
-        self.peak = self._update(self.peak, torch.where(finite, torch.maximum(self.peak, progress.estimate), self.peak))
+        passed = progress.estimate if progress.peak is None else progress.peak
+        self.peak = self._update(self.peak, torch.where(finite, torch.fmax(self.peak, passed), self.peak))
         if progress.curvature is not None:
             self.curvature_min = self._update(self.curvature_min, torch.fmin(self.curvature_min, progress.curvature))
             self.curvature_max = self._update(self.curvature_max, torch.fmax(self.curvature_max, progress.curvature))
@@ -124,7 +130,8 @@ class Loop:
         """Which systems are done if the recurrence is right."""
         if self.tolerance is None:
             return torch.zeros_like(self.running)
-        claim = progress.estimate <= torch.maximum(self.tolerance, self.floor)
+        # Half the floor: a claim just below it would often be refuted by rounding, and cost the method its directions.
+        claim = progress.estimate <= torch.maximum(self.tolerance, 0.5 * self.floor)
         if progress.optimal is not None:
             claim = claim | (progress.optimal <= self._optimality() * self.gain)
         return claim
@@ -170,6 +177,8 @@ class Loop:
         self.halved_at = torch.where(look.halved, look.number, self.halved_at)
         # The answer to a budget is its last iterate, not the one of least residual.
         better = look.at & (look.norm < self.best_norm)
+        # What CG has found before it meets negative curvature lowers the quadratic, whatever the residual does.
+        better = better | (look.failed & (look.status == Result.negative_curvature.code))
         if look.last and self.tolerance is None:
             better = look.at & ~look.failed & ~look.broken
         self.best = torch.where(columns(better), look.iterate, self.best)
@@ -208,7 +217,7 @@ class Loop:
             memory = select(mend, self.solver.replace_residual(memory, residual), memory)
         if bool(false.any()):
             memory = self.solver.restart_from(self.system, memory, false, residual)
-            self.num_mv = self.num_mv + self.solver.products_to_start * false
+            self._charge(false)
             self.base = torch.where(columns(false), look.iterate, self.base)
         return memory
 
@@ -229,7 +238,7 @@ class Loop:
         if trusted and not refresh and bool((plain | ~looked_at).all()):
             return None, torch.where(progress.estimate.isfinite(), progress.estimate, torch.inf)
         residual = self.vector - self.system.mv(iterate)
-        self.num_mv = self.num_mv + looked_at
+        self._charge(looked_at)
         true_norm = self.system.norm(residual)
         return residual, torch.where(true_norm.isfinite(), true_norm, torch.inf)
 
@@ -251,8 +260,8 @@ class Loop:
         claim = look.claim & self.running
         if self.solver.square or look.residual is None or not bool(claim.any()):
             return
-        slope = self.system.norm(self.system.operator.transpose().mv(look.residual))
-        self.num_mv = self.num_mv + claim
+        slope = self.system.norm(self.system.transposed_mv(look.residual))
+        self._charge(claim)
         self._finish(claim & (slope <= 2 * self._optimality() * self.gain * look.norm), Result.least_squares)
 
     def _finish(self, mask: Tensor, result: Result | Tensor) -> None:

@@ -56,8 +56,6 @@ class LSMR(IterativeSolver):
     """
 
     square: ClassVar[bool] = False
-    products_per_step: ClassVar[int] = 2
-    products_to_start: ClassVar[int] = 1
 
     def init(self, operator: LinearOperator) -> LinearOperator:
         """Any operator will do."""
@@ -78,10 +76,10 @@ class LSMR(IterativeSolver):
         return super().compute(state, vector, x0=x0, rtol=rtol)
 
     def start(self, system: System, residual: Tensor) -> _Memory:
-        """The first pair of Golub-Kahan vectors; costs one product with the transpose."""
+        """The first pair of Golub-Kahan vectors."""
         beta = system.norm(residual)
         u = residual * columns(divide(torch.ones_like(beta), beta))
-        v = system.operator.transpose().mv(u)
+        v = system.transposed_mv(u)
         alpha = system.norm(v)
         v = v * columns(divide(torch.ones_like(alpha), alpha))
         one, zero = torch.ones_like(beta), torch.zeros_like(beta)
@@ -101,7 +99,7 @@ class LSMR(IterativeSolver):
         u = product - columns(m.alpha) * m.u
         beta = system.norm(u)
         u = u * columns(divide(torch.ones_like(beta), beta))
-        v = system.operator.transpose().mv(u) - columns(beta) * m.v
+        v = system.transposed_mv(u) - columns(beta) * m.v
         alpha = system.norm(v)
         v = v * columns(divide(torch.ones_like(alpha), alpha))
         rho = torch.hypot(m.alpha_bar, beta)

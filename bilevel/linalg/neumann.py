@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from bilevel.errors import UsageError
 from bilevel.linalg.iterative import IterativeSolver
 from bilevel.linalg.operator import LinearOperator, Tag
 from bilevel.linalg.spectrum import lanczos
-from bilevel.linalg.system import Progress, System, columns, divide
+from bilevel.linalg.system import Progress, System, columns, divide, select
 from bilevel.result import Result, Solution
 
 NUM_ESTIMATE = 8
@@ -24,12 +24,7 @@ class _Memory(NamedTuple):
     residual: Tensor
     residual_norm: Tensor
     num_growing: Tensor
-
-
-class _State(NamedTuple):
-    operator: LinearOperator
     step_size: Tensor  # (*batch,)
-    num_mv: int
 
 
 @dataclass(frozen=True)
@@ -37,8 +32,8 @@ class NeumannSeries(IterativeSolver):
     r"""`A^-1 b ≈ a Σ_{j<k} (I - aA)^j b`, summed as the Richardson iteration `x <- x + a (b - A x)`.
 
     For a symmetric positive definite `A` the error falls by `max(|1 - a λ_min|, |1 - a λ_max|)` a term and converges
-    only for `0 < a < 2/λ_max`. Without a `step_size`, `a = 1/λ_max` with `λ_max` estimated by 8 Lanczos products when the
-    operator is first seen (they are counted). For a symmetric operator the ratio of successive residuals never falls,
+    only for `0 < a < 2/λ_max`. Without a `step_size`, `a = 1/λ_max` with `λ_max` estimated by 8 Lanczos products before the
+    first term (they are counted). For a symmetric operator the ratio of successive residuals never falls,
     so one ratio above 1 proves divergence; for others five in a row are taken as such.
 
     Args:
@@ -66,42 +61,32 @@ class NeumannSeries(IterativeSolver):
         if self.step_size is not None and self.step_size <= 0:
             raise UsageError(f"NeumannSeries needs step_size > 0, or None to estimate it, but got {self.step_size}.")
 
-    def init(self, operator: LinearOperator) -> _State:
-        """Estimate the step, unless it is given."""
+    def init(self, operator: LinearOperator) -> LinearOperator:
+        """Check that the step is given or can be estimated; the operator is all the state there is."""
         self.check(operator)
-        if self.step_size is not None:
-            step = torch.full(operator.batch_shape, self.step_size, dtype=operator.dtype, device=operator.device)
-            return _State(operator, step, 0)
-        if Tag.symmetric not in operator.tags:
+        if self.step_size is None and Tag.symmetric not in operator.tags:
             raise UsageError(
                 "NeumannSeries estimates its step for operators tagged symmetric only: pass step_size "
                 "(1.0 is the classical choice for I - J), or use GMRES."
             )
-        spectrum = lanczos(operator, NUM_ESTIMATE)
-        radius = torch.maximum(spectrum.largest.abs(), spectrum.smallest.abs())
-        return _State(operator, divide(torch.ones_like(radius), radius), spectrum.num_mv)
-
-    def operator_of(self, state: _State) -> LinearOperator:
-        """The operator without its step."""
-        return state.operator
-
-    def transpose(self, state: _State) -> _State:
-        """The same step for the transposed operator: its spectrum is the same."""
-        return state._replace(operator=state.operator.transpose())
+        return operator
 
     def compute(
         self,
-        state: _State,
+        state: LinearOperator,
         vector: Tensor,
         *,
         x0: Tensor | None = None,
         rtol: float | None = None,
         preconditioner: LinearOperator | None = None,
     ) -> Solution:
-        """Sum the series; the products of the step's estimate are counted with those of the terms."""
-        solution = super().compute(state, vector, x0=x0, rtol=rtol, preconditioner=preconditioner)
-        spent = torch.where(solution.num_mv > 0, state.num_mv, 0)
-        return replace(solution, num_mv=solution.num_mv + spent)
+        """Sum the series; with a preconditioner `M` it is that of `M^-1 A`, whose step has to be given."""
+        if preconditioner is not None and self.step_size is None:
+            raise UsageError(
+                "NeumannSeries estimates its step without a preconditioner only: pass step_size "
+                "(1.0 where the preconditioner is close to the inverse)."
+            )
+        return super().compute(state, vector, x0=x0, rtol=rtol, preconditioner=preconditioner)
 
     def start(self, system: System, residual: Tensor) -> _Memory:
         """The empty sum."""
@@ -110,11 +95,33 @@ class NeumannSeries(IterativeSolver):
             residual=residual,
             residual_norm=system.norm(residual),
             num_growing=torch.zeros(residual.shape[:-1], dtype=torch.int64, device=residual.device),
+            step_size=self._step_size(system),
         )
+
+    def restart_from(self, system: System, memory: _Memory, mask: Tensor, residual: Tensor) -> _Memory:
+        """The step is known by now."""
+        fresh = memory._replace(
+            x=torch.zeros_like(residual),
+            residual=residual,
+            residual_norm=system.norm(residual),
+            num_growing=torch.zeros_like(memory.num_growing),
+        )
+        restarted: _Memory = select(mask, fresh, memory)
+        return restarted
+
+    def _step_size(self, system: System) -> Tensor:
+        """The step of each system, `(*batch,)`."""
+        operator = system.operator
+        if self.step_size is not None:
+            return torch.full(operator.batch_shape, self.step_size, dtype=operator.dtype, device=operator.device)
+        spectrum = lanczos(operator, NUM_ESTIMATE)
+        system.spent += spectrum.num_mv
+        radius = torch.maximum(spectrum.largest.abs(), spectrum.smallest.abs())
+        return divide(torch.ones_like(radius), radius)
 
     def step(self, system: System, memory: _Memory) -> tuple[_Memory, Progress]:
         """Add a term; the residual is the next one (times `1/a`)."""
-        step_size: Tensor = system.state.step_size
+        step_size = memory.step_size
         term = system.precondition(memory.residual)
         product = system.mv(term)
         square = system.inner(term, term)
@@ -129,7 +136,7 @@ class NeumannSeries(IterativeSolver):
         symmetric = Tag.symmetric in system.operator.tags and system.preconditioner is None
         diverged = num_growing >= (1 if symmetric else PATIENCE)
         status = torch.where(diverged, Result.diverged.code, Result.running.code)
-        return _Memory(x, residual, estimate, num_growing), Progress(estimate, gain, status, rayleigh)
+        return _Memory(x, residual, estimate, num_growing, step_size), Progress(estimate, gain, status, rayleigh)
 
     def correction(self, system: System, memory: _Memory) -> Tensor:
         """The partial sum."""

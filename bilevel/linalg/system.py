@@ -25,17 +25,29 @@ def worthless_level(n: int, dtype: torch.dtype) -> float:
     return rounding_level(n, dtype) ** 0.25
 
 
-@dataclass(frozen=True)
+@dataclass
 class System:
-    """What a method may use: products, the preconditioner, the operator's inner product, and what `init` prepared."""
+    """What a method may use: products, which it counts, the preconditioner and the operator's inner product.
+
+    Attributes:
+        operator: `A`.
+        preconditioner: approximates the inverse of `A`.
+        spent: products made and not yet charged to a system.
+    """
 
     operator: LinearOperator
-    preconditioner: LinearOperator | None
-    state: Any
+    preconditioner: LinearOperator | None = None
+    spent: int = 0
 
     def mv(self, vector: Tensor) -> Tensor:
         """`A v`."""
+        self.spent += 1
         return self.operator.mv(vector)
+
+    def transposed_mv(self, vector: Tensor) -> Tensor:
+        """`A^T v`."""
+        self.spent += 1
+        return self.operator.transpose().mv(vector)
 
     def precondition(self, vector: Tensor) -> Tensor:
         """`M^-1 v`, or `v` without a preconditioner."""
@@ -59,6 +71,7 @@ class Progress(NamedTuple):
         status: codes of `Result`; `running` where all is well.
         curvature: Rayleigh quotient seen in this step, if the method has one.
         optimal: norm of `A^T r` over the norm of `r` (least squares only).
+        peak: largest residual norm on the way to `estimate`, where a step passes several residuals.
     """
 
     estimate: Tensor
@@ -66,6 +79,7 @@ class Progress(NamedTuple):
     status: Tensor
     curvature: Tensor | None = None
     optimal: Tensor | None = None
+    peak: Tensor | None = None
 
 
 def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
