@@ -12,7 +12,9 @@ class Receipt:
     """How a hypergradient was computed, and how far to trust it; NaN and None mean that a method has no such figure.
 
     Attributes:
-        stationarity: norm of the inner gradient at the point used, the largest over tasks; 0 at an exact solution.
+        stationarity: norm of the inner gradient (with a proximal term: of the gradient mapping), the largest over tasks;
+            0 at an exact solution. At the point used for the implicit methods, else the last that the solver measured:
+            that of the iterate its last step started from.
         inner_steps: steps of the inner solver.
         inner_gradients: gradients of the inner loss it took (of all tasks at once).
         inner_products: Hessian-vector products inside the inner solver.

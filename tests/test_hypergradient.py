@@ -24,7 +24,16 @@ from bilevel.linalg import (
     lanczos,
 )
 from bilevel.problem import Problem
-from bilevel.solvers import LBFGS, AndersonAcceleration, GradientDescent, NewtonCG, run
+from bilevel.solvers import (
+    LBFGS,
+    AndersonAcceleration,
+    GradientDescent,
+    NewtonCG,
+    Project,
+    ProximalGradient,
+    SoftThreshold,
+    run,
+)
 
 TIGHT = {"rtol": 1e-13, "max_steps": 5000}
 LINEAR = [
@@ -253,6 +262,137 @@ def test_truncated_unrolling_is_the_derivative_of_the_last_steps(last):
         result = compute(problem, method, solver)
         close(result.gradient, grad(tail)(hparams), 1e-10)
         assert result.receipt.biased and result.receipt.inner_steps == total
+
+
+@pytest.mark.parametrize("last", [1, 9, 40, 10_000])
+@pytest.mark.parametrize("slack", [0, 4])  # converges within the head, or within the recorded steps
+@pytest.mark.parametrize("checkpoint_every", [None, 7])
+def test_truncated_unrolling_records_the_last_steps_of_a_loop_that_converges(last, slack, checkpoint_every):
+    problem = Ridge(seed=35)
+    hparams = problem.init_hparams()
+    free = GradientDescent(learning_rate=0.02, momentum=0.5, atol=1e-5, max_steps=2000)
+    total = compute(problem, Unrolled(), free).receipt.inner_steps
+    assert 40 < total < 500
+    exactly = GradientDescent(learning_rate=0.02, momentum=0.5, atol=0.0, max_steps=total)
+    solver = (
+        free if not slack else GradientDescent(learning_rate=0.02, momentum=0.5, atol=1e-5, max_steps=total + slack)
+    )
+    result = compute(problem, Unrolled(last=last, checkpoint_every=checkpoint_every), solver, hparams)
+    close(result.gradient, compute(problem, Unrolled(last=last), exactly, hparams).gradient, 1e-12)
+    assert result.receipt.inner_steps == total and result.receipt.inner_result == "converged"
+    expected = f"only the last {last} of {total} steps are recorded"
+    assert result.receipt.biased == (() if last >= total else (expected,))
+
+
+class Lasso(Problem):
+    """A learned strength, for all weights or for each, targets and starting point; the optimal weights are sparse."""
+
+    constraints = {"strength": Positive()}
+
+    def __init__(self, strength, seed=70):
+        self.x, self.x_val = normal(30, 6, seed=seed), normal(15, 6, seed=seed + 1)
+        truth = torch.tensor([2.0, -1.5, 0.0, 0.0, 1.0, 0.0])
+        self.y, self.y_val = self.x @ truth, self.x_val @ truth + 0.1 * normal(15, seed=seed + 2)
+        self.strength = strength
+
+    def init_hparams(self):
+        return {"strength": self.strength, "shift": torch.tensor(0.3), "init": {"w": torch.full((6,), 0.5)}}
+
+    def init_params(self, hparams):
+        return {"w": hparams["init.w"] * 1.0}
+
+    def inner_loss(self, params, hparams, batch):
+        return (self.x @ params["w"] - self.y - hparams["shift"]).square().sum() / 2
+
+    def outer_loss(self, params, hparams, batch):
+        return (self.x_val @ params["w"] - self.y_val).square().mean()
+
+
+DOUBLE = torch.float64
+PROXIMAL = {
+    "lasso": (torch.tensor(3.0, dtype=DOUBLE), ProximalGradient(5000, 1e-12, SoftThreshold("strength"), 0.015)),
+    "weighted lasso": (
+        torch.linspace(1.0, 4.0, 6, dtype=DOUBLE),
+        ProximalGradient(5000, 1e-12, SoftThreshold("strength"), 0.015),
+    ),
+    "box": (torch.tensor(3.0, dtype=DOUBLE), ProximalGradient(5000, 1e-12, Project(-1.0, 1.2), 0.015)),
+}
+
+
+@pytest.mark.parametrize("kind", PROXIMAL)
+def test_methods_agree_on_problems_with_a_proximal_term(kind):
+    """The implicit function theorem at the fixed point, three ways through the iteration, and finite differences."""
+    strength, solver = PROXIMAL[kind]
+    problem = Lasso(strength)
+    hparams = {"strength": strength, "shift": torch.tensor(0.3), "init.w": torch.full((6,), 0.5)}
+    general = [linear for linear in LINEAR if not linear.requires and not isinstance(linear, NeumannSeries)]
+    methods = [Implicit(linear_solver=linear, warm_start=False) for linear in general]
+    methods += [Unrolled(), Unrolled(checkpoint_every=11), ForwardMode()]
+    results = [compute(problem, method, solver, hparams) for method in methods]
+    params = results[0].params
+    active = (params.abs() > 1e-6) if kind != "box" else (params > -1.0) & (params < 1.2)
+    assert 0 < int(active.sum()) < 6
+    want = differences(problem, solver, params, hparams)
+    for result in results:
+        assert result.receipt.inner_result == "converged" and not result.receipt.biased
+        close({"shift": result.gradient["shift"]}, {"shift": want["shift"]}, 1e-6)
+        assert float((result.gradient["strength"] - want["strength"]).norm()) <= 1e-6 * max(1, want["strength"].norm())
+        assert float(result.gradient["init.w"].norm()) < 1e-9
+    if kind == "lasso":  # x_A = (X_A' X_A)^-1 (X_A' y - strength sign), and nothing else moves
+        x, sign = problem.x[:, active], params[active].sign()
+        moved = -torch.linalg.solve(x.T @ x, sign)
+        slope = grad(lambda w: problem.outer_loss({"w": w}, hparams, None))(params)[active]
+        assert float(results[0].gradient["strength"]) == pytest.approx(float(slope @ moved), rel=1e-8)
+
+
+@pytest.mark.parametrize("method", [Unrolled(checkpoint_every=2), ForwardMode()], ids=name_of)
+def test_a_starting_point_that_the_solver_keeps_in_its_state_is_learned(method):
+    """Accelerated proximal gradient extrapolates from its first point: a second path from `init_params`."""
+    problem = Lasso(torch.tensor(3.0))
+    hparams = {"strength": torch.tensor(3.0), "shift": torch.tensor(0.3), "init.w": torch.full((6,), 0.5)}
+    solver = ProximalGradient(5, 0.0, SoftThreshold("strength"), 0.01)
+    whole = compute(problem, Unrolled(), solver, hparams)
+    assert float(whole.gradient["init.w"].norm()) > 1e-2
+    close(compute(problem, method, solver, hparams).gradient, whole.gradient, 1e-12)
+
+
+def test_what_a_proximal_term_needs_is_named():
+    problem = Lasso(torch.tensor(3.0))
+    hparams = {"strength": torch.tensor(3.0), "shift": torch.tensor(0.3), "init.w": torch.full((6,), 0.5)}
+    solver = ProximalGradient(50, 1e-6, SoftThreshold("strength"), "rate")
+    with pytest.raises(UsageError, match=r"ConjugateGradient needs an operator that is symmetric.*use GMRES"):
+        compute(problem, Implicit(warm_start=False), PROXIMAL["lasso"][1], hparams)
+    with pytest.raises(UsageError, match=r"ProximalGradient adds a non-smooth term: use Unrolled.*Implicit with GMRES"):
+        FiniteDifference().check(solver)
+    hparams["rate"] = torch.tensor(0.01)
+    found = find_paths(FlatProblem.of(problem, hparams), solver, hparams, StepBatches(problem, 0))
+    assert found["strength"] == {"inner", "solver"} and found["rate"] == {"solver"}
+
+
+def test_a_singular_system_is_called_so_by_every_linear_solver():
+    """Two equal columns without a penalty: no derivative, and the least-squares answer is none."""
+    problem = LearnedSolver(seed=50)
+    problem.x[:, 1] = problem.x[:, 0]
+    problem.init_hparams = lambda: {"shift": torch.tensor(0.5)}
+    problem.inner_loss = lambda p, h, _: (problem.x @ p["w"] - problem.y * h["shift"]).square().sum() / 2
+    problem.init_params = lambda h: {"w": torch.zeros(5)}
+    for linear in (LSMR(**TIGHT), MINRES(**TIGHT), GMRES(**TIGHT), DenseLU(), DenseCholesky()):
+        result = compute(problem, Implicit(linear_solver=linear), LBFGS(max_steps=100, atol=1e-9))
+        assert result.receipt.linear_result in ("singular", "negative_curvature"), name_of(linear)
+
+
+class Sampled(Ridge):
+    """Minibatches, and for Hessian products (inner step -1) a minibatch or everything."""
+
+    def __init__(self, whole):
+        super().__init__()
+        self.inner_batches = lambda step, inner: None if whole and inner == -1 else torch.arange(5) + (inner % 3) * 5
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_inverse_of_a_minibatch_hessian_is_marked_as_biased(whole):
+    result = compute(Sampled(whole), Implicit(), GradientDescent(learning_rate=0.01, max_steps=5))
+    assert result.receipt.biased == (() if whole else ("the Hessian is that of one minibatch",))
 
 
 class LearnedSolver(Ridge):

@@ -52,6 +52,15 @@ class FiniteDifference(HypergradientMethod):
                 f"FiniteDifference needs virtual_step >= 0 and radius > 0, but got {self.virtual_step} and {self.radius}."
             )
 
+    def check(self, solver: InnerSolver) -> None:
+        """Refuse solvers with a proximal term: the virtual step is one of plain gradient descent."""
+        super().check(solver)
+        if solver.composite:
+            raise UsageError(
+                f"FiniteDifference takes its virtual step along the gradient of inner_loss, but {type(solver).__name__} "
+                "adds a non-smooth term: use Unrolled, ForwardMode, OneStep, or Implicit with GMRES."
+            )
+
     def compute(
         self,
         problem: FlatProblem,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +24,7 @@ from bilevel.hypergradient.method import (
 )
 from bilevel.receipt import Receipt
 from bilevel.solvers import InnerResult, InnerSolver
-from bilevel.solvers.solver import State
+from bilevel.solvers.solver import State, split_state
 from bilevel.tree import Layout, TensorDict, detach
 
 
@@ -68,38 +69,38 @@ class ForwardMode(HypergradientMethod):
         tangents = x.new_zeros(layout.size, *x.shape)
         if not self.warm_start:
             x, tangents = _push_start(problem, at, basis, layout.size)
-        with torch.no_grad():
-            solver_state = solver.init(x, problem.objective(batches.inner(0)), at)
-        state_tangents = {
-            key: value.new_zeros(layout.size, *value.shape) for key, value in _split(solver_state)[0].items()
-        }
+        objective = problem.objective(batches.inner(0))
+
+        def begin(z: Tensor, h: TensorDict) -> Any:
+            return split_state(solver.init(z, objective, h))
+
+        floats, state_tangents, others = _push(begin, (x, at), (tangents, basis))
         result, number = InnerResult.max_steps, 0
         for number in range(1, solver.max_steps + 1):
             objective = problem.objective(batches.inner(number - 1))
 
             def step(z: Tensor, floats: TensorDict, h: TensorDict, *, others: State, loss: Any) -> Any:
                 new, after = solver.step(z, {**others, **floats}, loss, h)
-                moving, rest = _split(after)
+                moving, rest = split_state(after)
                 return (new, moving), rest
 
-            floats, others = _split(solver_state)
-            (new_x, new_floats), (new_tangents, new_state_tangents), rest = _push_step(
-                step, (x, floats, at), (tangents, state_tangents, basis), others, objective
+            (new_x, new_floats), (new_tangents, new_state_tangents), rest = _push(
+                partial(step, others=others, loss=objective), (x, floats, at), (tangents, state_tangents, basis)
             )
             if not bool(rest["stationarity"].isfinite().all()):
                 result = InnerResult.nonfinite
                 break
             x, tangents, state_tangents = new_x, new_tangents, new_state_tangents
-            solver_state = {**rest, **new_floats}
-            if bool(solver.done(solver_state).all()):
+            floats, others = new_floats, rest
+            if bool(solver.done(others).all()):
                 result = InnerResult.converged
                 break
         outer, by_params, direct = outer_gradients(problem, x, at, batches)
         total = layout.ravel(direct) + tangents.flatten(1) @ by_params.flatten()
         receipt = Receipt(
-            stationarity=float(solver_state["stationarity"].max()),
+            stationarity=float(others["stationarity"].max()),
             inner_steps=number,
-            inner_gradients=int(solver_state["num_gradients"]),
+            inner_gradients=int(others["num_gradients"]),
             inner_products=number * layout.size,
             inner_result=result.name,
         )
@@ -124,21 +125,12 @@ def _push_start(problem: FlatProblem, at: TensorDict, basis: TensorDict, count: 
     return x.detach(), torch.stack(rows)
 
 
-def _split(state: State) -> tuple[TensorDict, State]:
-    """What derivatives flow through, and the rest."""
-    moving = {
-        key: value for key, value in state.items()
-        if isinstance(value, Tensor) and value.is_floating_point() and key != "stationarity"
-    }  # fmt: skip
-    return moving, {key: value for key, value in state.items() if key not in moving}
-
-
-def _push_step(step: Any, primals: Any, tangents: Any, others: State, loss: Any) -> tuple[Any, Any, State]:
-    """A step of the iterate and, vmapped over directions, of its tangents."""
+def _push(function: Callable[..., Any], primals: Any, tangents: Any) -> tuple[Any, Any, Any]:
+    """Values of a function, their tangents vmapped over directions, and its auxiliary output."""
 
     def along(moves: Any) -> Any:
-        return jvp(lambda z, floats, h: step(z, floats, h, others=others, loss=loss), primals, moves, has_aux=True)
+        return jvp(function, primals, moves, has_aux=True)
 
     out_dims: Any = (None, 0, None)  # torch's annotation leaves out the None that its documentation allows
-    new, pushed, rest = vmap(along, out_dims=out_dims)(tangents)
-    return new, pushed, rest
+    values, pushed, rest = vmap(along, out_dims=out_dims)(tangents)
+    return values, pushed, rest

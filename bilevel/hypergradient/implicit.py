@@ -16,6 +16,7 @@ from bilevel.hypergradient.method import (
     HypergradientMethod,
     MethodState,
     describe,
+    inner_value,
     leaves,
     outer_gradients,
     solve_inner,
@@ -23,7 +24,7 @@ from bilevel.hypergradient.method import (
 )
 from bilevel.linalg import ConjugateGradient, HessianOperator, JacobianOperator, LinearOperator, LinearSolver
 from bilevel.receipt import Receipt
-from bilevel.result import Solution
+from bilevel.result import Result, Solution
 from bilevel.solvers import InnerSolver
 from bilevel.tree import TensorDict
 
@@ -32,9 +33,11 @@ from bilevel.tree import TensorDict
 class Implicit(HypergradientMethod):
     r"""`∂L/∂θ - (∂F/∂θ)^T [∂F/∂x]^{-T} ∂L/∂x` at the solution of the inner problem, with any linear solver.
 
-    The gradient graph of the inner loss is built once at the solution and serves every Hessian-vector product and the
-    mixed product. Memory and time do not depend on the number of inner steps. The number is the hypergradient as far as
-    the inner problem and the linear system are solved; the receipt has both residuals.
+    `F` is the gradient of the inner loss, the problem's `optimality`, or the fixed-point residual of a proximal solver.
+    Its graph is built once at the solution and serves every product with `∂F/∂x` and the mixed product; after the inner
+    solve, time and memory do not depend on the number of inner steps. The number is the hypergradient as far as the
+    inner problem and the linear system are solved; the receipt has both residuals. With inner minibatches the Hessian
+    is that of the batch of inner step -1, whose inverse is a biased estimate of the inverse Hessian.
 
     Args:
         warm_start: start each inner solve from the previous solution.
@@ -67,7 +70,7 @@ class Implicit(HypergradientMethod):
             start = starting_point(problem, params, hparams, self.warm_start)
             inner = solve_inner(problem, solver, start, hparams, batches)
         outer, by_params, direct = outer_gradients(problem, inner.params, hparams, batches)
-        operator, optimality, at, value = linearise(problem, inner.params, hparams, batches)
+        operator, optimality, at, value = linearise(problem, solver, inner.params, hparams, batches)
         prepared = self.linear_solver.init(operator)
         # F's own system is with A^T: the same for a Hessian, not for the Jacobian of an optimality.
         solution = self.linear_solver.compute(
@@ -76,6 +79,8 @@ class Implicit(HypergradientMethod):
         mixed = grad(optimality, list(at.values()), -solution.value, materialize_grads=True) if at else ()
         gradient = {name: direct[name] + part for name, part in zip(at, mixed, strict=True)}
         biased = (f"{type(self.linear_solver).__name__} replaces the inverse Hessian",) * self.linear_solver.biased
+        if batches.curvature is not None:
+            biased += ("the Hessian is that of one minibatch",)
         receipt = Receipt(
             **{**describe(inner), "stationarity": float(optimality.detach().norm(dim=-1).max())},
             **describe_linear(solution, by_params),
@@ -86,29 +91,29 @@ class Implicit(HypergradientMethod):
 
 
 def linearise(
-    problem: FlatProblem, params: Tensor, hparams: Mapping[str, Tensor], batches: StepBatches
+    problem: FlatProblem, solver: InnerSolver, params: Tensor, hparams: Mapping[str, Tensor], batches: StepBatches
 ) -> tuple[LinearOperator, Tensor, TensorDict, float]:
     """The optimality at a point with its graph: the operator `∂F/∂x`, `F`, the hyperparameter leaves, the inner loss."""
-    objective = problem.objective(batches.curvature)
+    objective = solver.conditions(problem.objective(batches.curvature))
     with torch.enable_grad():
         leaf, at = params.detach().requires_grad_(), leaves(hparams)
         if objective.loss is None:
             assert objective.optimality is not None
             jacobian = JacobianOperator.from_output(objective.optimality(leaf, at), leaf)
-            return jacobian, jacobian.output, at, float("nan")
+            return jacobian, jacobian.output, at, inner_value(problem, params, hparams, batches)
         value = objective.loss(leaf, at)
         (gradient,) = grad(value.sum(), leaf, create_graph=True, materialize_grads=True)
     return HessianOperator.from_gradient(gradient, leaf), gradient, at, float(value.detach().mean())
 
 
 def describe_linear(solution: Solution, rhs: Tensor) -> dict[str, Any]:
-    """The linear solve's part of a receipt."""
-    size = rhs.norm(dim=-1)
+    """The linear solve's part of a receipt; a square system with no better than a least-squares solution is singular."""
+    size, worst = rhs.norm(dim=-1), solution.worst
     relative = torch.where(size > 0, solution.residual_norm / torch.where(size > 0, size, 1.0), 0.0)
     return {
         "linear_residual": float(relative.max()),
         "num_mv": int(solution.num_mv.max()),
-        "linear_result": solution.worst.name,
+        "linear_result": (Result.singular if worst is Result.least_squares else worst).name,
         "curvature_min": float(solution.curvature_min.min()),
         "curvature_max": float(solution.curvature_max.max()),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -31,32 +32,57 @@ REMEDIES = {
 def find_paths(
     problem: FlatProblem, solver: InnerSolver, hparams: Mapping[str, Tensor], batches: StepBatches
 ) -> dict[str, set[str]]:
-    """The paths of each hyperparameter, read off the graphs (whether it is used at all, not how much)."""
+    """The paths of each hyperparameter, read off the graphs (whether it is used at all, not how much).
+
+    All but the direct path lead through `params`: they count only where the outer loss depends on those.
+
+    Raises:
+        UsageError: the inner loss is not finite at the starting point, or does not depend on `params`.
+    """
     with torch.enable_grad():
         at = leaves(hparams)
         start = problem.start(at)
         x = start.detach().requires_grad_()
         outer = problem.outer_loss(x, at, batches.outer).sum()
-        objective = problem.objective(batches.curvature)
-        if objective.loss is None:
-            assert objective.optimality is not None
-            optimality = objective.optimality(x, at)
-        else:
-            value = objective.loss(x, at)
-            _check_finite(value)
-            (optimality,) = grad(value.sum(), x, create_graph=True, materialize_grads=True)
+        outputs = {"direct": outer}
+        if _used(outer, [x])[0]:
+            outputs |= {"inner": _optimality(problem, solver, x, at, batches), "initial": start}
         found: dict[str, set[str]] = {name: set() for name in at}
-        for path, output in (("direct", outer), ("inner", optimality), ("initial", start)):
-            used: tuple[Tensor | None, ...] = (None,) * len(at)
-            if output.requires_grad:
-                used = grad(output.sum(), list(at.values()), allow_unused=True, retain_graph=True)
-            for name, derivative in zip(at, used, strict=True):
-                if derivative is not None:
+        for path, output in outputs.items():
+            for name, used in zip(at, _used(output.sum(), list(at.values())), strict=True):
+                if used:
                     found[name].add(path)
     for name in solver.hparam_names:
-        if name in found:
+        if name in found and len(outputs) > 1:
             found[name].add("solver")
     return found
+
+
+def _used(output: Tensor, inputs: list[Tensor]) -> list[bool]:
+    """Which of the inputs stand in the graph of a scalar."""
+    if not output.requires_grad:
+        return [False] * len(inputs)
+    return [part is not None for part in grad(output, inputs, allow_unused=True, retain_graph=True)]
+
+
+def _optimality(
+    problem: FlatProblem, solver: InnerSolver, x: Tensor, at: Mapping[str, Tensor], batches: StepBatches
+) -> Tensor:
+    """What vanishes at the solution, with its graph: the gradient of the inner loss, or an optimality."""
+    objective = problem.objective(batches.curvature)
+    conditions = solver.conditions(objective)
+    if conditions.optimality is not None:
+        return conditions.optimality(x, at)
+    assert objective.loss is not None
+    value = objective.loss(x, at)
+    _check_finite(value)
+    gradient = grad(value.sum(), x, create_graph=True, allow_unused=True)[0] if value.requires_grad else None
+    if gradient is None:
+        raise UsageError(
+            "inner_loss was expected to depend on params, but no derivative leads there: compute it from params by "
+            "differentiable operations, without detach(), item() or NumPy."
+        )
+    return gradient
 
 
 def _check_finite(values: Tensor) -> None:
@@ -87,8 +113,9 @@ def check_paths(
             continue
         if not paths:
             raise UsageError(
-                f"hyperparameter '{name}' is used nowhere (neither in the outer loss, the inner loss, init_params nor an "
-                "option of the inner solver), so it has no hypergradient: use it, or take it out of init_hparams."
+                f"hyperparameter '{name}' is used nowhere on the way to the outer loss (neither in it nor, through params, "
+                "in the gradient of the inner loss, init_params or an option of the inner solver), so it has no "
+                "hypergradient: use it, or take it out of init_hparams."
             )
         path = sorted(paths)[0]
         remedy = REMEDIES[path]
@@ -100,17 +127,20 @@ def check_paths(
 
 
 def check_not_all_zero(result: Hypergradient, method: HypergradientMethod) -> None:
-    """Refuse a first hypergradient of which a whole tensor is exactly zero (single zeros are common and fine).
+    """Warn of a first hypergradient of which a whole tensor is exactly zero (single zeros are common).
 
-    A linear solve that failed may return zero for reasons of its own, which its receipt tells; that proves nothing here.
+    No reason to refuse: a lasso whose solution is zero has it, and so has a stationary point. Nor is a zero after a
+    linear solve that failed worth a word, since the receipt tells.
     """
     linear = result.receipt.linear_result
     if linear is not None and not Result[linear].successful:
         return
-    for name, value in result.gradient.items():
-        if value.numel() and not bool(value.any()):
-            raise UsageError(
-                f"the whole hypergradient of '{name}' is exactly zero in the first step, so {type(method).__name__} cannot "
-                "move it: it is multiplied by zero or detached on its way to the outer loss, or the outer loss does not "
-                "depend on what it changes."
-            )
+    zero = [name for name, value in result.gradient.items() if value.numel() and not bool(value.any())]
+    if zero:
+        names = ", ".join(f"'{name}'" for name in zero)
+        warnings.warn(
+            f"the whole hypergradient of {names} is exactly zero in the first step, so that {type(method).__name__} does not "
+            "move it yet: right where the solution does not react to it (a lasso that is all zero), but look whether it is "
+            "multiplied by zero on its way to the outer loss.",
+            stacklevel=3,
+        )

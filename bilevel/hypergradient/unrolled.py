@@ -24,8 +24,8 @@ from bilevel.hypergradient.method import (
     starting_point,
 )
 from bilevel.receipt import Receipt
-from bilevel.solvers import InnerSolution, InnerSolver
-from bilevel.solvers.solver import State
+from bilevel.solvers import InnerResult, InnerSolution, InnerSolver
+from bilevel.solvers.solver import State, split_state
 from bilevel.tree import TensorDict, detach
 
 
@@ -61,6 +61,9 @@ class Unrolled(HypergradientMethod):
             if value is not None and value < 1:
                 raise UsageError(f"Unrolled needs {name} >= 1 or None, but got {value}.")
 
+    def _num_recorded(self, solver: InnerSolver) -> int:
+        return solver.max_steps if self.last is None else min(self.last, solver.max_steps)
+
     def compute(
         self,
         problem: FlatProblem,
@@ -74,23 +77,24 @@ class Unrolled(HypergradientMethod):
         at = leaves(hparams)
         with torch.enable_grad():
             start = starting_point(problem, params, at, self.warm_start)
-        skipped: InnerSolution | None = None
-        if self.last is not None and solver.max_steps > self.last:
-            with torch.no_grad():
-                head = solver.max_steps - self.last
-                skipped = solve_inner(problem, solver, start.detach(), detach(at), batches, max_steps=head)
-            start = skipped.params
-        if self.checkpoint_every is None:
-            inner, outer, gradient = self._record(problem, solver, start, at, batches, skipped)
-        else:
-            inner, outer, gradient = self._in_segments(problem, solver, start, at, batches, skipped)
+        derive = self._record if self.checkpoint_every is None else self._in_segments
+        total, last = solver.max_steps, self._num_recorded(solver)
+        while True:  # the loop may converge before `total` steps: then the recorded ones are moved forward
+            skipped = _skip(problem, solver, start.detach(), detach(at), batches, total - last)
+            if skipped is not None and skipped.result is not InnerResult.max_steps:
+                total = skipped.num_steps
+                continue
+            beginning = start if skipped is None else skipped.params
+            inner, outer, gradient = derive(problem, solver, beginning, at, batches, skipped)
+            made = inner.num_steps + (0 if skipped is None else skipped.num_steps)
+            if skipped is None or made == total:
+                break
+            total = made
         params = inner.params.detach()
-        facts = describe(inner)
-        if skipped is not None:
-            facts["inner_steps"] += skipped.num_steps
-        biased = () if skipped is None else (f"only the last {self.last} of {facts['inner_steps']} steps are recorded",)
+        biased = () if skipped is None else (f"only the last {inner.num_steps} of {made} steps are recorded",)
         value = inner_value(problem, params, detach(hparams), batches)
-        return Hypergradient(gradient, params, {}, Receipt(**facts, biased=biased), outer, value)
+        receipt = Receipt(**{**describe(inner), "inner_steps": made}, biased=biased)
+        return Hypergradient(gradient, params, {}, receipt, outer, value)
 
     def _record(
         self,
@@ -103,9 +107,11 @@ class Unrolled(HypergradientMethod):
     ) -> tuple[InnerSolution, float, TensorDict]:
         """One graph for the whole loop."""
         with torch.enable_grad():
-            inner = _go_on(problem, solver, start, at, batches, skipped, self.last)
+            last = self._num_recorded(solver)
+            offset, state = (0, None) if skipped is None else (skipped.num_steps, skipped.state)
+            inner = solve_inner(problem, solver, start, at, batches, offset=offset, state=state, max_steps=last)
         outer, by_params, direct = outer_gradients(problem, inner.params, at, batches)
-        return inner, outer, _add(direct, _pull([inner.params], [by_params], [], at)[1])
+        return inner, outer, _add(direct, _pull({"params": inner.params}, {"params": by_params}, [], at)[1])
 
     def _in_segments(
         self,
@@ -120,8 +126,7 @@ class Unrolled(HypergradientMethod):
         assert self.checkpoint_every is not None
         kept: list[tuple[int, int, Tensor, State]] = []
         constants = detach(at)
-        offset = 0 if skipped is None else skipped.num_steps
-        total = solver.max_steps - offset if self.last is None else min(self.last, solver.max_steps)
+        offset, total = 0 if skipped is None else skipped.num_steps, self._num_recorded(solver)
         with torch.no_grad():
             objective = problem.objective(batches.inner(offset))
             state = skipped.state if skipped is not None else solver.init(start.detach(), objective, constants)
@@ -141,55 +146,44 @@ class Unrolled(HypergradientMethod):
         cotangents: TensorDict = {"params": by_params}
         for first, length, x0, state0 in reversed(kept):
             with torch.enable_grad():
-                inputs = {"params": x0.detach().requires_grad_(), **_tensors(state0, record=True)}
+                moving, others = split_state(state0)
+                inputs = {name: value.detach().requires_grad_() for name, value in {"params": x0, **moving}.items()}
                 again = solve_inner(
                     problem, solver, inputs["params"], at, batches, offset=first,
-                    state={**state0, **{key: value for key, value in inputs.items() if key != "params"}}, max_steps=length,
+                    state={**others, **{key: value for key, value in inputs.items() if key != "params"}}, max_steps=length,
                 )  # fmt: skip
-            outputs = {"params": again.params, **_tensors(again.state)}
-            names = [name for name in cotangents if name in outputs and outputs[name].requires_grad]
-            pulled, by_hparams = _pull(
-                [outputs[name] for name in names], [cotangents[name] for name in names], list(inputs.values()), at
-            )
+            outputs = {"params": again.params, **split_state(again.state)[0]}
+            pulled, by_hparams = _pull(outputs, cotangents, list(inputs.values()), at)
             cotangents = dict(zip(inputs, pulled, strict=True))
             gradient = _add(gradient, by_hparams)
-        if start.requires_grad:
-            gradient = _add(gradient, _pull([start], [cotangents["params"]], [], at)[1])
+        if skipped is None:  # the state that the solver begins with may depend on the starting point, too
+            with torch.enable_grad():
+                begun = solver.init(start, problem.objective(batches.inner(0)), at)
+            gradient = _add(gradient, _pull({"params": start, **split_state(begun)[0]}, cotangents, [], at)[1])
         return replace(inner, num_steps=made), outer, gradient
 
 
-def _go_on(
-    problem: FlatProblem,
-    solver: InnerSolver,
-    start: Tensor,
-    at: TensorDict,
-    batches: StepBatches,
-    skipped: InnerSolution | None,
-    last: int | None,
-) -> InnerSolution:
-    offset, state = (0, None) if skipped is None else (skipped.num_steps, skipped.state)
-    return solve_inner(problem, solver, start, at, batches, offset=offset, state=state, max_steps=last)
-
-
-def _tensors(state: State, record: bool = False) -> TensorDict:
-    """The floating-point tensors of a solver's state that derivatives flow through."""
-    chosen = {
-        key: value for key, value in state.items()
-        if isinstance(value, Tensor) and value.is_floating_point() and key != "stationarity"
-    }  # fmt: skip
-    return {key: value.detach().requires_grad_() for key, value in chosen.items()} if record else chosen
+def _skip(
+    problem: FlatProblem, solver: InnerSolver, start: Tensor, hparams: TensorDict, batches: StepBatches, num_steps: int
+) -> InnerSolution | None:
+    """The steps before the recorded ones, without a graph."""
+    if num_steps <= 0:
+        return None
+    with torch.no_grad():
+        return solve_inner(problem, solver, start, hparams, batches, max_steps=num_steps)
 
 
 def _pull(
-    outputs: list[Tensor], cotangents: list[Tensor], inputs: list[Tensor], at: TensorDict
+    outputs: TensorDict, cotangents: TensorDict, inputs: list[Tensor], at: TensorDict
 ) -> tuple[list[Tensor], TensorDict]:
     """Cotangents of the inputs and of the hyperparameters."""
-    reached = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    reached = [name for name in cotangents if name in outputs and outputs[name].requires_grad]
     targets = [*inputs, *at.values()]
     if not reached:
         pulled = [torch.zeros_like(t) for t in targets]
     else:
-        pulled = list(grad([o for o, _ in reached], targets, [c for _, c in reached], materialize_grads=True))
+        ends, given = [outputs[name] for name in reached], [cotangents[name] for name in reached]
+        pulled = list(grad(ends, targets, given, materialize_grads=True))
     return pulled[: len(inputs)], dict(zip(at, pulled[len(inputs) :], strict=True))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -61,6 +62,9 @@ class ProximalGradient(InnerSolver):
     The inner loss is the smooth part `f` alone. Stationarity is the norm of the gradient mapping `(y - x) / a`. The
     momentum of a system restarts when its step turns against it (O'Donoghue and Candès, 2015).
 
+    For the implicit function theorem a solution is a root of `F(x) = (x - prox(x - a ∇f(x), a)) / a`, whose Jacobian is
+    not symmetric: choose GMRES, BiCGStab, LSMR or DenseLU. Derivatives exist where the active set does not change.
+
     Args:
         max_steps: largest number of steps.
         atol: stop when the norm of the gradient mapping is at most this.
@@ -77,6 +81,8 @@ class ProximalGradient(InnerSolver):
         [2.0, 0.0]
     """
 
+    composite: ClassVar[bool] = True
+
     proximal: Proximal = field(default_factory=SoftThreshold)
     learning_rate: float | str = 0.1
 
@@ -91,6 +97,17 @@ class ProximalGradient(InnerSolver):
         """Its own options and those of the proximal term."""
         of_term = tuple(value for value in vars(self.proximal).values() if isinstance(value, str))
         return (*super().hparam_names, *of_term)
+
+    def conditions(self, loss: Objective) -> Objective:
+        """The fixed-point residual; its roots do not depend on the learning rate, which is a constant in it."""
+
+        def residual(params: Tensor, hparams: Hparams) -> Tensor:
+            size = option(self.learning_rate, hparams)
+            size = size.detach() if isinstance(size, Tensor) else size
+            gradient = loss.gradient(params, hparams)
+            return (params - self.proximal.prox(params - size * gradient, size, hparams)) / size
+
+        return Objective(optimality=residual)
 
     def init(self, params: Tensor, loss: Objective, hparams: Hparams) -> State:
         """No momentum."""

@@ -29,6 +29,7 @@ class InnerSolver(ABC):
     Attributes:
         differentiable: whether a step can be recorded, as the unrolled, forward and one-step methods need.
         full_batch: whether steps compare losses with each other, so that minibatches would mislead them.
+        composite: whether a non-smooth term is added to the loss, so that a solution is no zero of the loss's gradient.
     """
 
     max_steps: int = 200
@@ -36,6 +37,7 @@ class InnerSolver(ABC):
 
     differentiable: ClassVar[bool] = True
     full_batch: ClassVar[bool] = False
+    composite: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Validate the numbers."""
@@ -56,6 +58,10 @@ class InnerSolver(ABC):
     @abstractmethod
     def step(self, params: Tensor, state: State, loss: Objective, hparams: Hparams) -> tuple[Tensor, State]:
         """One step."""
+
+    def conditions(self, loss: Objective) -> Objective:
+        """What vanishes at a solution, for the implicit function theorem: the gradient of the loss, unless overridden."""
+        return loss
 
     def done(self, state: State) -> Tensor:
         """Which systems are stationary, `(*batch,)`."""
@@ -84,6 +90,15 @@ def fresh_state(params: Tensor) -> State:
         "num_gradients": torch.zeros((), dtype=torch.int64),
         "num_mv": torch.zeros((), dtype=torch.int64),
     }
+
+
+def split_state(state: State) -> tuple[dict[str, Tensor], State]:
+    """The part of a state that derivatives flow through (floating-point tensors, no measurements), and the rest."""
+    moving = {
+        key: value for key, value in state.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and key != "stationarity"
+    }  # fmt: skip
+    return moving, {key: value for key, value in state.items() if key not in moving}
 
 
 def row_norm(vector: Tensor) -> Tensor:
