@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from bilevel.jsonable import encode
+
 Row = dict[str, Any]
 PAUSE = 0.1  # seconds between two timings: lets the idle threads of one library stop spinning before the next one runs
 
@@ -186,5 +188,5 @@ def finish(
             **(facts or {}),
         }
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(content, indent=2, allow_nan=True) + "\n")
+        options.json.write_text(json.dumps(encode(content), indent=2, allow_nan=False) + "\n")
     return 1 if any(claim.met is False for claim in claims) else 0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bilevel.flat import FlatProblem
+from bilevel.flat import FlatProblem, natural_hparams
 from bilevel.problem import Problem
 from bilevel.solvers import LBFGS, run
 from bilevel.tree import TensorDict, to
@@ -93,8 +93,7 @@ class Task:
         """Draw the data in float32 and train."""
         problem = WeightDecay(sizes, num_examples)
         problem.to(device)
-        problem.start = to(problem.start, device)
-        decay = problem.init_hparams()
+        decay = natural_hparams(problem)
         flat = FlatProblem.of(problem, decay)
         with torch.no_grad():
             solver = LBFGS(max_steps=num_steps, atol=0.0)
@@ -103,9 +102,7 @@ class Task:
 
     def double(self) -> Task:
         """The same task in float64."""
-        problem = copy.copy(self.problem)
-        problem.to(dtype=torch.float64)
-        problem.start = to(self.problem.start, dtype=torch.float64)
+        problem = copy.copy(self.problem).to(dtype=torch.float64)
         return Task(problem, to(self.params, dtype=torch.float64), to(self.decay, dtype=torch.float64))
 
     @property

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bilevel.constraints import Box, Constraint, Positive, Real, Simplex, UnitInterval
     from bilevel.errors import UsageError
-    from bilevel.hypergradient import FiniteDifference, ForwardMode, Implicit, OneStep, Unrolled
+    from bilevel.hypergradient import FiniteDifference, ForwardMode, Implicit, OneStep, Unrolled, hypergradient_at
     from bilevel.implicit import implicit_argmin, implicit_fixed_point, implicit_root, root_jvp, root_vjp
     from bilevel.problem import Problem
     from bilevel.receipt import Receipt
@@ -24,7 +24,8 @@ _HOMES = {
     "Box": "constraints", "Constraint": "constraints", "Positive": "constraints", "Real": "constraints",
     "Simplex": "constraints", "UnitInterval": "constraints", "UsageError": "errors",
     "FiniteDifference": "hypergradient", "ForwardMode": "hypergradient", "Implicit": "hypergradient",
-    "OneStep": "hypergradient", "Unrolled": "hypergradient", "implicit_argmin": "implicit",
+    "OneStep": "hypergradient", "Unrolled": "hypergradient", "hypergradient_at": "hypergradient",
+    "implicit_argmin": "implicit",
     "implicit_fixed_point": "implicit", "implicit_root": "implicit", "root_jvp": "implicit", "root_vjp": "implicit",
     "Problem": "problem", "Receipt": "receipt", "Callback": "trainer", "Fit": "trainer", "Trainer": "trainer",
     "fit": "trainer",
@@ -49,6 +50,7 @@ __all__ = [
     "Unrolled",
     "UsageError",
     "fit",
+    "hypergradient_at",
     "implicit_argmin",
     "implicit_fixed_point",
     "implicit_root",

@@ -1,8 +1,8 @@
-"""A problem between plain vectors: ravelled once, tasks batched, shapes and values checked."""
+"""A problem between plain vectors: ravelled once, placed on its device, tasks batched, shapes checked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import UsageError
-from bilevel.problem import Problem
+from bilevel.problem import Batches, Problem
 from bilevel.solvers import Objective
 from bilevel.tree import Layout, TensorDict, flatten_names
 
 Loss = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Any], Tensor]
+
+
+def natural_hparams(problem: Problem) -> TensorDict:
+    """The starting hyperparameters under their dotted names, in natural units, where the problem is."""
+    return problem.place(flatten_names(problem.init_hparams()))
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class FlatProblem:
     def of(cls, problem: Problem, hparams: Mapping[str, Tensor]) -> FlatProblem:
         """Look at the starting parameters once."""
         with torch.no_grad():
-            return cls(problem, Layout.of(flatten_names(problem.init_params(hparams))))
+            return cls(problem, Layout.of(_starting_params(problem, hparams)))
 
     @property
     def num_batch(self) -> int:
@@ -42,7 +47,7 @@ class FlatProblem:
 
     def start(self, hparams: Mapping[str, Tensor]) -> Tensor:
         """The starting point, differentiable in the hyperparameters; the same for every task."""
-        x = self.layout.ravel(flatten_names(self.problem.init_params(hparams)))
+        x = self.layout.ravel(_starting_params(self.problem, hparams))
         return x if self.problem.num_tasks is None else x.expand(self.problem.num_tasks, -1).clone()
 
     def unravel(self, params: Tensor) -> TensorDict:
@@ -50,22 +55,29 @@ class FlatProblem:
         return self.layout.unravel(params)
 
     def objective(self, batch: Any) -> Objective:
-        """The inner problem on a batch."""
+        """The inner problem on a batch.
+
+        Raises:
+            UsageError: there are tasks, and a tensor of the batch has no leading dimension of their number.
+        """
         optimality = getattr(self.problem, "optimality", None)
         if optimality is None:
-            return Objective(loss=self._over_tasks(self.problem.inner_loss, "inner_loss", batch))
+            return Objective(loss=self._over_tasks(self.problem.inner_loss, "inner_loss", "inner_batches", batch))
 
         def residual(params: Mapping[str, Tensor], hparams: Mapping[str, Tensor], data: Any) -> Tensor:
-            return self.layout.ravel(flatten_names(optimality(params, hparams, data)))
+            try:
+                return self.layout.ravel(flatten_names(optimality(params, hparams, data)))
+            except UsageError as error:
+                raise UsageError(f"optimality was expected to return a dictionary like params: {error}") from error
 
-        return Objective(optimality=self._over_tasks(residual, None, batch))
+        return Objective(optimality=self._over_tasks(residual, None, "inner_batches", batch))
 
     def outer_loss(self, params: Tensor, hparams: Mapping[str, Tensor], batch: Any) -> Tensor:
-        """Outer loss of each task, `(*batch,)`."""
-        return self._over_tasks(self.problem.outer_loss, "outer_loss", batch)(params, hparams)
+        """Outer loss of each task, `(*batch,)`; raises `UsageError` as `objective` does."""
+        return self._over_tasks(self.problem.outer_loss, "outer_loss", "outer_batches", batch)(params, hparams)
 
     def _over_tasks(
-        self, function: Loss, scalar: str | None, batch: Any
+        self, function: Loss, scalar: str | None, source: str, batch: Any
     ) -> Callable[[Tensor, Mapping[str, Tensor]], Tensor]:
         def single(x: Tensor, hparams: Mapping[str, Tensor], data: Any) -> Tensor:
             value = function(self.layout.unravel(x), hparams, data)
@@ -79,8 +91,10 @@ class FlatProblem:
 
         if self.problem.num_tasks is None:
             return lambda x, hparams: single(x, hparams, batch)
-        data_dim = None if batch is None else 0
-        return lambda x, hparams: torch.vmap(single, in_dims=(0, None, data_dim))(x, hparams, batch)
+        if batch is None:
+            return lambda x, hparams: torch.vmap(single, in_dims=(0, None, None))(x, hparams, None)
+        _check_tasks(batch, self.problem.num_tasks, source)
+        return lambda x, hparams: torch.vmap(single, in_dims=(0, None, 0))(x, hparams, batch)
 
 
 @dataclass(frozen=True)
@@ -88,7 +102,7 @@ class StepBatches:
     """The batches of one outer step, each a pure function of the step's number, so that nothing has to be stored.
 
     Attributes:
-        problem: where they come from.
+        problem: where they come from, and on whose device they are put.
         step: number of the outer step.
     """
 
@@ -102,8 +116,7 @@ class StepBatches:
 
     def inner(self, inner_step: int) -> Any:
         """The batch of an inner step; None for the full batch."""
-        batches = self.problem.inner_batches
-        return None if batches is None else batches(self.step, inner_step)
+        return self._drawn(self.problem.inner_batches, inner_step)
 
     @property
     def curvature(self) -> Any:
@@ -113,5 +126,42 @@ class StepBatches:
     @property
     def outer(self) -> Any:
         """The batch of the outer loss."""
-        batches = self.problem.outer_batches
-        return None if batches is None else batches(self.step, 0)
+        return self._drawn(self.problem.outer_batches, 0)
+
+    def _drawn(self, batches: Batches | None, inner_step: int) -> Any:
+        return None if batches is None else self.problem.place(batches(self.step, inner_step))
+
+
+def _starting_params(problem: Problem, hparams: Mapping[str, Tensor]) -> TensorDict:
+    return problem.place(flatten_names(problem.init_params(hparams)))
+
+
+def _check_tasks(batch: Any, num_tasks: int, source: str) -> None:
+    for name, part in named_parts(batch, source):
+        if not isinstance(part, Tensor):
+            came = f"is a {type(part).__name__}"
+        elif part.ndim == 0 or part.shape[0] != num_tasks:
+            came = f"has shape {tuple(part.shape)}"
+        else:
+            continue
+        raise UsageError(
+            f"{name} was expected to be a tensor with num_tasks={num_tasks} as its leading dimension, but {came}: "
+            "stack the tasks' data along dimension 0."
+        )
+
+
+def named_parts(batch: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """What a batch of nested dictionaries, lists and tuples consists of, each part with its place.
+
+    Example:
+        >>> [place for place, _ in named_parts({"x": (1, 2), "y": 3}, "batch")]
+        ["batch['x'][0]", "batch['x'][1]", "batch['y']"]
+    """
+    if isinstance(batch, Mapping):
+        for key, part in batch.items():
+            yield from named_parts(part, f"{name}[{key!r}]")
+    elif isinstance(batch, list | tuple):
+        for index, part in enumerate(batch):
+            yield from named_parts(part, f"{name}[{index}]")
+    else:
+        yield name, batch

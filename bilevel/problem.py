@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from bilevel.constraints import Constraint
 from bilevel.errors import UsageError
+from bilevel.tree import Nested, to
 
 Batches = Callable[[int, int], Any]  # (outer step, inner step) -> batch, a pure function of both
 
@@ -25,8 +26,9 @@ class Problem:
     * `optimality(params, hparams, batch)`, a dictionary like `params` that is zero at the solution, for an inner problem
       that is no minimisation (equilibria, fixed points).
 
-    Tensors that the problem holds as attributes move with `to`. Everything is written for *one* system; set `num_tasks`
-    and give batches a leading task dimension to have that many solved at once and their outer losses averaged.
+    Tensors that the problem holds as attributes move with `to`, and starting values and batches follow. Everything is
+    written for *one* system; set `num_tasks` and give batches a leading task dimension to have that many solved at once
+    and their outer losses averaged.
 
     Attributes:
         constraints: typed hyperparameters, by name or by dotted prefix, for instance `{"penalty": Positive()}`.
@@ -56,6 +58,8 @@ class Problem:
     num_tasks: int | None = None
     inner_batches: Batches | None = None
     outer_batches: Batches | None = None
+    _device: torch.device | None = None
+    _dtype: torch.dtype | None = None
 
     def init_hparams(self) -> Mapping[str, Any]:
         """Starting hyperparameters in natural units; may be nested, names become dotted."""
@@ -84,11 +88,17 @@ class Problem:
         """Figures to log after each outer step, besides the losses."""
         return {}
 
-    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Problem:
-        """Move the tensors and modules that the problem holds; floating-point ones also change dtype."""
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Self:
+        """Move what the problem holds (tensors, modules, containers of them); floating-point tensors also change dtype.
+
+        Device and dtype are remembered: starting values and batches follow, wherever the problem's methods make them.
+        """
         for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(self, name, value.to(device=device, dtype=dtype if value.is_floating_point() else None))
-            elif isinstance(value, torch.nn.Module):
-                value.to(device=device, dtype=dtype)
+            setattr(self, name, to(value, device, dtype))
+        self._device = self._device if device is None else torch.device(device)
+        self._dtype = dtype or self._dtype
         return self
+
+    def place(self, value: Nested) -> Nested:
+        """Tensors, however nested, on the device and in the dtype of the latest `to`; untouched if there was none."""
+        return to(value, self._device, self._dtype)

@@ -6,10 +6,11 @@ above it (problems, logs, checkpoints) sees `dict[str, Tensor]` with dotted name
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from bilevel.errors import UsageError
 
 TensorDict = dict[str, Tensor]
+Nested = TypeVar("Nested")
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,13 @@ def flatten_names(tensors: Mapping[str, Any], prefix: str = "") -> TensorDict:
         ['penalty.layer1', 'scale']
 
     Raises:
-        UsageError: two entries get the same name, a name is both a tensor and a group, or a value is not a tensor.
+        UsageError: there is no dictionary, two entries get the same name, a name is both a tensor and a group, or a value
+            is not a tensor.
     """
+    if not isinstance(tensors, Mapping):
+        raise UsageError(
+            f"a dictionary of tensors was expected, but a {type(tensors).__name__} came: give each a name."
+        )
     flat: TensorDict = {}
     for key, value in tensors.items():
         name = f"{prefix}{key}"
@@ -127,12 +134,34 @@ def check_names(names: Mapping[str, Any] | set[str]) -> None:
                 raise UsageError(f"'{group}' is a tensor and also the group of '{name}': rename one of them.")
 
 
-def to(tensors: Mapping[str, Tensor], device: Any = None, dtype: torch.dtype | None = None) -> TensorDict:
-    """The dictionary on another device, its floating-point tensors in another dtype."""
-    return {
-        name: value.to(device=device, dtype=dtype if value.is_floating_point() else None)
-        for name, value in tensors.items()
-    }
+def to(value: Nested, device: Any = None, dtype: torch.dtype | None = None) -> Nested:
+    """The same value on another device, its floating-point tensors in another dtype, however they are nested.
+
+    Goes through dictionaries, lists, tuples and dataclasses, which are copied; modules move in place, as `Module.to`
+    does; anything else stays as it is.
+
+    Example:
+        >>> moved = to({"x": [torch.ones(1), torch.ones(1, dtype=torch.int64)], "name": "a"}, dtype=torch.float64)
+        >>> moved["x"][0].dtype, moved["x"][1].dtype, moved["name"]
+        (torch.float64, torch.int64, 'a')
+    """
+    moved: Any = value
+    if isinstance(value, Tensor):
+        moved = value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+    elif isinstance(value, torch.nn.Module):
+        moved = value.to(device=device, dtype=dtype)
+    elif isinstance(value, tuple):
+        parts = [to(part, device, dtype) for part in value]
+        moved = type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    elif isinstance(value, dict | list):
+        moved = copy.copy(value)  # keeps what it is: an OrderedDict, a defaultdict
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            moved[key] = to(part, device, dtype)
+    elif is_dataclass(value) and not isinstance(value, type):
+        moved = copy.copy(value)
+        for entry in fields(value):
+            object.__setattr__(moved, entry.name, to(getattr(value, entry.name), device, dtype))  # also frozen ones
+    return moved
 
 
 def detach(tensors: Mapping[str, Tensor]) -> TensorDict:

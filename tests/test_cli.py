@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import resource
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from bilevel.cli.allow import check_targets
 from bilevel.cli.arguments import read_arguments
 from bilevel.cli.build import build
 from bilevel.cli.completion import BASH
-from bilevel.cli.directories import new_run_directory
+from bilevel.cli.directories import Record, new_run_directory
+from bilevel.cli.resume import check_unchanged
 from bilevel.cli.settings import Settings
 from bilevel.errors import UsageError
 
@@ -32,6 +34,9 @@ from typing import Any
 
 import os as hidden
 
+import torch
+
+import bilevel
 from bilevel.errors import UsageError
 
 
@@ -70,6 +75,48 @@ class Trainer:
     patience: int | None = None
 
 
+class Broken(Exception):
+    pass
+
+
+class Given(bilevel.Problem):
+    # a real problem whose code raises in one place, or in the second outer step
+
+    def __init__(self, raises_in: str = ""):
+        self.raises_in, self.step = raises_in, 0
+        self.inner_batches = self.count
+
+    def count(self, step, inner_step):
+        self.step = step
+        return torch.zeros(())
+
+    def reach(self, place):
+        if self.raises_in == place or (self.raises_in == "later" and place == "inner_loss" and self.step == 1):
+            raise Broken(f"no luck in {place}")
+
+    def init_hparams(self):
+        self.reach("init_hparams")
+        return {"target": torch.tensor(1.0)}
+
+    def init_params(self, hparams):
+        self.reach("init_params")
+        return {"x": torch.zeros(())}
+
+    def inner_loss(self, params, hparams, batch):
+        self.reach("inner_loss")
+        return (params["x"] - hparams["target"]).square() + batch
+
+    def outer_loss(self, params, hparams, batch):
+        self.reach("outer_loss")
+        return params["x"].square()
+
+    def metrics(self, params, hparams):
+        if self.raises_in == "exit":
+            raise SystemExit(7)
+        self.reach("metrics")
+        return {}
+
+
 def crash():
     raise RuntimeError("a mistake of ours")
 """
@@ -84,6 +131,7 @@ CONF = {
         "noise": None,
         "shuffle": False,
     },
+    "problem/given": {"_target_": "tiny_pkg.Given", "raises_in": ""},
     "solver/tiny": {"_target_": "tiny_pkg.Solver", "num_steps": 10, "rtol": 1.0e-6},
     "linear_solver/tiny_cg": {"_target_": "tiny_pkg.Linear", "damping": 0.0},
     "linear_solver/tiny_minres": {"_target_": "tiny_pkg.Linear", "damping": 1.0},
@@ -157,19 +205,26 @@ class Tiny:
 
 
 @pytest.fixture
-def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tiny]:
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tiny]:
+    """The user's folder, as the working directory."""
     project = Tiny(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("BILEVEL_ALLOW", "tiny_pkg.")
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-    monkeypatch.setattr("bilevel.cli.job.run_trainer", project.run_trainer)
-    monkeypatch.setattr("bilevel.report.write_report", lambda directory: None, raising=False)
     dtype, num_threads = torch.get_default_dtype(), torch.get_num_threads()
     yield project
     torch.set_default_dtype(dtype)
     torch.set_num_threads(num_threads)
     sys.modules.pop("tiny_pkg", None)
+
+
+@pytest.fixture
+def tiny(project: Tiny, monkeypatch: pytest.MonkeyPatch) -> Tiny:
+    """The same with a stand-in for the trainer."""
+    monkeypatch.setattr("bilevel.cli.job.run_trainer", project.run_trainer)
+    monkeypatch.setattr("bilevel.report.write_report", lambda directory: None, raising=False)
+    return project
 
 
 def sentence(captured: Any) -> str:
@@ -183,36 +238,42 @@ def sentence(captured: Any) -> str:
 # --- help and speed ---------------------------------------------------------------------------------------------------
 
 
-def without_heavy_imports(words: list[str], environment: dict[str, str], folder: Path) -> tuple[int, str, str, float]:
-    """Runs a command in a process of its own; fails when it imports a heavy package. Returns its CPU seconds too."""
-    code = (
-        "import sys\nfrom bilevel.cli import main\nstatus = main(sys.argv[1:])\n"
-        "heavy = {'torch', 'wandb', 'matplotlib', 'sklearn', 'numpy'} & set(sys.modules)\n"
-        "assert not heavy, heavy\nsys.exit(status)"
-    )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment, cwd=folder, timeout=60
-    )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert "AssertionError" not in done.stderr, done.stderr
-    return done.returncode, done.stdout, done.stderr, seconds
+HEAVY = {"torch", "wandb", "matplotlib", "sklearn", "numpy"}
+
+
+def at_once(words: list[str], tiny: Tiny) -> tuple[int, str, str]:
+    """Runs `python -m bilevel ...` as a user does; fails when it takes a second or imports a heavy package."""
+    front, wall = ["-m", "bilevel"], []
+    while not wall or (min(wall) >= 1.0 and len(wall) < 3):  # the least of three: other jobs may hold the machine
+        start = time.perf_counter()
+        done = run_front(front, words, tiny)
+        wall.append(time.perf_counter() - start)
+    assert min(wall) < 1.0, wall
+    told = run_front(["-X", "importtime", *front], words, tiny).stderr
+    imported = {line.rpartition("|")[2].strip() for line in told.splitlines() if line.startswith("import time:")}
+    assert "bilevel.cli.main" in imported
+    assert not HEAVY & imported
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["report", "--help"], ["--version"], []])
 def test_help_answers_at_once_without_torch(words, tiny):
-    status, out, err, seconds = without_heavy_imports(words, tiny.environment(), tiny.folder)
+    status, out, err = at_once(words, tiny)
     assert (status, err) == (0, "")
     assert "bilevel" in out
-    assert seconds < 1.0
+
+
+def test_a_command_that_imports_torch_is_found(tiny):
+    (tiny.folder / "sitecustomize.py").write_text("import sys, types\nimport numpy\n")
+    with pytest.raises(AssertionError, match="numpy"):
+        at_once(["--version"], tiny)
 
 
 def test_help_lists_commands_groups_and_keys(capsys, tiny):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    for word in ("train", "report", "tracking", "console", "wandb*", "device=cpu", "seed=0", "resume=DIR", "-m "):
-        assert word in text or word == "resume=DIR", word
+    for word in ("train", "report", "tracking", "console", "wandb*", "device=cpu", "seed=0", "resume=null", "-m "):
+        assert word in text, word
     assert main(["train", "--help", "--config-dir", str(tiny.conf)]) == 0
     text = capsys.readouterr().out
     assert "tiny_one_step" in text
@@ -221,12 +282,11 @@ def test_help_lists_commands_groups_and_keys(capsys, tiny):
 
 def test_mistake_answers_at_once_without_torch_and_leaves_nothing(tiny):
     words = tiny.words("-m", "seed=1,2", "trainer.num_stps=3")
-    status, out, err, seconds = without_heavy_imports(words, tiny.environment(), tiny.folder)
+    status, out, err = at_once(words, tiny)
     assert (status, out) == (2, "")
     assert err == (
         "bilevel: there is no key 'trainer.num_stps' with experiment=tiny; did you mean 'trainer.num_steps'?\n"
     )
-    assert seconds < 1.0
     assert not (tiny.folder / "outputs").exists()
 
 
@@ -384,7 +444,16 @@ def test_mistakes_found_while_building_leave_nothing(capsys, tiny):
         (["problem.num_rows=null"], "problem.num_rows cannot be null: tiny_pkg.Problem takes int."),
         (["+problem.foo=1"], "problem: tiny_pkg.Problem takes no argument 'foo'; its arguments are"),
         (["problem._target_=tiny_pkg.Problm"], "problem names tiny_pkg.Problm, which cannot be imported"),
-        (["outer_optimizer.lr=-1.0"], "outer_optimizer cannot be built: Invalid learning rate: -1.0."),
+        (["outer_optimizer.lr=-1.0"], "the outer optimizer cannot be made: Invalid learning rate: -1.0."),
+        (["outer_optimizer=adam", "outer_optimizer.capturable=true"], "cannot be used: If capturable=True, params"),
+        (
+            ["outer_optimizer=lbfgs", "outer_optimizer.line_search_fn=strong_wolfe"],
+            "leave line_search_fn out and set lr",
+        ),
+        (
+            ["outer_scheduler=cosine", "outer_scheduler.last_epoch=3"],
+            "cannot be used: param 'initial_lr' is not specified",
+        ),
         (["outer_scheduler=tiny", "outer_scheduler.step_size=null"], "outer_scheduler.step_size cannot be null"),
         (["device=cuda:99"], "device=cuda:99 was asked for, and torch sees"),
     ]:
@@ -400,9 +469,48 @@ def test_mistake_that_the_trainer_finds_leaves_nothing(capsys, tiny):
     assert not (tiny.folder / "outputs").exists()
 
 
-def test_failure_that_is_ours_keeps_its_traceback(tiny):
+def test_failure_that_is_ours_keeps_its_traceback_and_leaves_nothing(tiny):
     with pytest.raises(RuntimeError, match="a mistake of ours"):
         main(tiny.words("problem.label=crash"))
+    assert tiny.calls and not (tiny.folder / "outputs").exists()
+
+
+def test_a_record_that_cannot_be_written_leaves_nothing(tiny, monkeypatch):
+    def full(self: Path, text: str, encoding: str) -> int:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="no space left"):
+            main(tiny.words())
+    assert not tiny.calls and not (tiny.folder / "outputs").exists()
+
+
+def really(project: Tiny, raises_in: str) -> list[str]:
+    """The command that runs `tiny_pkg.Given` with the real trainer."""
+    words = ["problem=given", "hypergradient=one_step", "tracking=none", "trainer.num_steps=2", "solver.max_steps=5"]
+    return ["train", "--config-dir", str(project.conf), *words, f"problem.raises_in={raises_in}"]
+
+
+@pytest.mark.parametrize("place", ["init_hparams", "init_params", "inner_loss", "outer_loss", "metrics"])
+def test_a_problem_that_raises_before_its_first_step_leaves_nothing(place, project):
+    with pytest.raises(Exception, match=f"no luck in {place}"):
+        main(really(project, place))
+    assert list(project.folder.glob("outputs*")) == []
+
+
+def test_a_problem_that_exits_before_its_first_step_leaves_nothing(project):
+    with pytest.raises(SystemExit, match="7"):
+        main(really(project, "exit"))
+    assert list(project.folder.glob("outputs*")) == []
+
+
+def test_a_problem_that_raises_later_keeps_what_it_has(project):
+    with pytest.raises(Exception, match="no luck in inner_loss"):
+        main(really(project, "later"))
+    (folder,) = project.runs
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
+    assert (folder / "summary.json").exists()
 
 
 def test_interrupted_before_the_first_step_leaves_nothing(capsys, tiny):
@@ -476,7 +584,7 @@ def test_sweep_goes_on_after_a_mistake(capsys, tiny):
     assert "bilevel: 1 of 3 jobs failed; the others are complete." in err
     assert "Traceback" not in err
     assert [call["config"]["problem"]["scale"] for call in tiny.calls] == [1, 2]
-    assert [run.name for run in tiny.runs] == ["0", "2"]
+    assert sorted(path.name for path in tiny.runs[0].parent.iterdir() if path.is_dir()) == ["0", "2"]
 
 
 def test_sweep_goes_on_after_a_failure_of_ours(capsys, tiny):
@@ -548,6 +656,26 @@ def test_resume_refuses_other_changes_and_shows_them(capsys, tiny):
     assert "solver.num_steps was 10 and is now 11" in said
     assert "solver.rtol was 1e-06 and is now 'absent'" in said
     assert len(tiny.calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "same"),
+    [
+        ([1, math.nan], [1, math.nan], True),
+        ({}, {}, True),
+        ([1], [1.0], False),
+        (1, True, False),
+        ([{"a": 1}], [{"a": 2}], False),
+        ({}, {"b": None}, False),
+    ],
+)
+def test_what_resume_takes_for_a_change(before, now, same):
+    record = Record({"key": before}, (), None)
+    if same:
+        check_unchanged(record, {"key": now}, "folder")
+    else:
+        with pytest.raises(UsageError, match="folder continues only as it was, and key"):
+            check_unchanged(record, {"key": now}, "folder")
 
 
 def test_resume_never_builds_what_config_yaml_says(capsys, tiny):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import itertools
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
@@ -13,15 +15,25 @@ import yaml
 from omegaconf import OmegaConf
 
 from bilevel.cli.allow import check_hydra, check_targets
+from bilevel.cli.arguments import read_arguments
 from bilevel.cli.build import build, find_target
 from bilevel.cli.composer import composer, resolve
 from bilevel.cli.paths import conf_directory, config_groups
+from bilevel.cli.preflight import preflight
 from bilevel.cli.settings import Settings
 from bilevel.errors import UsageError
 
 CONF = conf_directory()
 SPECIAL = {"_target_", "_partial_", "_args_", "_convert_", "_recursive_"}
 SUPPLIED_LATER = {"params", "optimizer"}  # what the trainer gives a torch.optim optimiser and its scheduler
+# Where a file departs from torch's default on purpose: raw hyperparameters want larger steps than weights, and an outer
+# step has the loss at one point only.
+OWN_VALUES = {
+    "torch.optim.Adam": {"lr"},
+    "torch.optim.SGD": {"lr"},
+    "torch.optim.Rprop": {"lr"},
+    "torch.optim.LBFGS": {"max_iter", "history_size"},
+}
 
 
 def options(conf: Path) -> list[tuple[str, str]]:
@@ -56,11 +68,12 @@ def _composed(defaults: Any) -> dict[str, str]:
 def differences(where: str, node: Mapping[str, Any]) -> list[str]:
     """How a node differs from the signature of the class it names; empty when it does not.
 
-    A class of bilevel is listed in full, with its defaults. Of somebody else's class, a file may list fewer arguments
-    and give values of its own.
+    Every argument is listed with its default, so that it can be overridden without a `+` and is checked before torch is
+    imported; the exceptions are in `OWN_VALUES`.
     """
     target = find_target(node["_target_"], where)
     ours = node["_target_"].startswith("bilevel.")
+    own = OWN_VALUES.get(node["_target_"], set())
     taken = {
         name: one
         for name, one in inspect.signature(target).parameters.items()
@@ -71,9 +84,8 @@ def differences(where: str, node: Mapping[str, Any]) -> list[str]:
     for name, one in taken.items():
         required = one.default is inspect.Parameter.empty
         if name not in given:
-            if ours or required:
-                said.append(f"{where} lacks {name}, an argument of {node['_target_']}")
-        elif ours and not required and not _agrees(given[name], _default(target, name, one.default)):
+            said.append(f"{where} lacks {name}, an argument of {node['_target_']}")
+        elif not required and name not in own and not _agrees(given[name], _default(target, name, one.default)):
             said.append(f"{where}.{name} is {given[name]!r}, and the default of {node['_target_']} is {one.default!r}")
     return said
 
@@ -93,7 +105,10 @@ def _agrees(value: Any, default: Any) -> bool:
         if value.get("_partial_"):
             return callable(default)  # a factory; what it makes is its own node
         return default is None or type(default).__name__ == name  # its own arguments are compared as its own node
-    return _plain(value) == _plain(default) and type(_plain(value)) is type(_plain(default))
+    value, default = _plain(value), _plain(default)
+    # torch writes 0 where it takes any number: only a float in the file lets the command line give one
+    same_kind = type(value) is type(default) or (type(value) is float and type(default) is int)
+    return bool(value == default) and same_kind
 
 
 def _plain(value: Any) -> Any:
@@ -163,11 +178,61 @@ def test_every_setting_is_a_key_of_train_yaml():
     assert keys == set(Settings.keys())
 
 
-def test_every_experiment_says_what_it_is():
-    for option in config_groups(CONF).get("experiment", []):
-        lines = (CONF / "experiment" / f"{option}.yaml").read_text().splitlines()
-        assert lines[0] == "# @package _global_", option
-        assert lines[1].startswith("# "), f"{option} has no header: question, reference, expected figure, command"
+HEADER = ("question", "reference", "expected", "minutes", "command")
+
+
+def header(text: str) -> dict[str, str]:
+    """The entries of an experiment's header: `# KEY: TEXT`, gone on with in lines that are indented further."""
+    first, *lines = text.splitlines()
+    assert first == "# @package _global_"
+    entries: dict[str, str] = {}
+    for line in itertools.takewhile(lambda line: line.startswith("# "), lines):
+        key, colon, value = line[2:].partition(": ")
+        if not line.startswith("#  "):
+            assert colon and key not in entries, line
+            entries[key] = value.strip()
+        else:
+            entries[list(entries)[-1]] += f" {line[1:].strip()}"
+    return entries
+
+
+def check_header(option: str, text: str) -> None:
+    entries = header(text)
+    assert tuple(entries) == HEADER, option
+    assert entries["question"].partition("(")[0].strip().endswith("?"), option
+    assert len(entries["reference"].split()) >= 3, option
+    assert re.search(r"\d", entries["expected"]), f"{option} expects no figure"
+    assert 0 < float(entries["minutes"]) <= 60, option
+    front, *words = entries["command"].split()[2:]
+    assert entries["command"].startswith("python -m ") and front == "experiments.train", option
+    assert f"experiment={option}" in words, option
+    preflight(read_arguments(words))
+
+
+@pytest.mark.parametrize("option", config_groups(CONF)["experiment"])
+def test_every_experiment_says_what_it_is(option):
+    check_header(option, (CONF / "experiment" / f"{option}.yaml").read_text())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("# @package _global_\n", ""),
+        ("# question: how", "# queston: how"),
+        ("penalised? (", "penalised. ("),
+        ("# reference: scikit-learn's best of a 100-point grid, computed in the same run", "# reference: none"),
+        ("# minutes: 0.2\n", ""),
+        ("# minutes: 0.2", "# minutes: a few"),
+        ("experiment=digits ", "experiment=digits_mlp "),
+        ("problem.penalty=shared", "problem.penlty=shared"),
+        ("# expected: ", "# expected: better\n# "),
+    ],
+)
+def test_a_header_that_says_less_is_found(change):
+    text = (CONF / "experiment" / "digits.yaml").read_text()
+    assert change[0] in text
+    with pytest.raises((AssertionError, ValueError)):
+        check_header("digits", text.replace(*change, 1))
 
 
 # --- the checks themselves --------------------------------------------------------------------------------------------
@@ -217,8 +282,21 @@ def test_missing_arguments_are_found(signatures):
     assert differences("a", {**node, "linear_solver": LINEAR}) == []
     del node["policy"]
     assert differences("a", node) == ["a lacks policy, an argument of bilevel.for_config_test.Method"]
-    assert differences("a", {"_target_": "torch.optim.SGD", "lr": 0.3}) == []
-    assert differences("a", {"_target_": "torch.optim.SGD", "lrr": 0.3}) == ["a.lrr is no argument of torch.optim.SGD"]
+
+
+def test_classes_of_torch_are_listed_in_full_as_well():
+    sgd = yaml.safe_load((CONF / "outer_optimizer" / "sgd.yaml").read_text())
+    assert differences("a", {**sgd, "lr": 0.3}) == []  # a value of our own
+    assert differences("a", {**sgd, "lrr": 0.3}) == ["a.lrr is no argument of torch.optim.SGD"]
+    assert differences("a", {**sgd, "momentum": 0.9}) == ["a.momentum is 0.9, and the default of torch.optim.SGD is 0"]
+    del sgd["nesterov"]
+    assert differences("a", sgd) == ["a lacks nesterov, an argument of torch.optim.SGD"]
+
+
+def test_every_choice_of_train_yaml_is_a_group():
+    chosen = yaml.safe_load((CONF / "train.yaml").read_text())["defaults"]
+    groups = {name.partition("@")[0] for entry in chosen if isinstance(entry, dict) for name in entry}
+    assert {name for name in groups if not name.startswith("override ")} <= config_groups(CONF).keys()
 
 
 def test_nested_nodes_are_found(tmp_path):

@@ -9,7 +9,16 @@ from torch.func import grad, hessian
 from bilevel.constraints import Positive
 from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem, StepBatches
-from bilevel.hypergradient import FiniteDifference, ForwardMode, Implicit, OneStep, Unrolled, check_paths, find_paths
+from bilevel.hypergradient import (
+    FiniteDifference,
+    ForwardMode,
+    Implicit,
+    OneStep,
+    Unrolled,
+    check_paths,
+    find_paths,
+    hypergradient_at,
+)
 from bilevel.linalg import (
     GMRES,
     LSMR,
@@ -612,3 +621,14 @@ def test_hessian_of_the_ridge_is_what_the_methods_use():
     loss = flat.objective(None).loss
     dense = hessian(lambda x: loss(x, hparams))(flat.start(hparams))
     torch.testing.assert_close(dense, problem.x.T @ problem.x + torch.diag(hparams["penalty"]))
+
+
+def test_one_hypergradient_is_one_call():
+    problem = Ridge()
+    found = hypergradient_at(problem, solver=LBFGS(atol=1e-11), method=Implicit(linear_solver=DenseCholesky()))
+    close(found.gradient, problem.closed_form(problem.init_hparams()), 1e-8)
+    assert found.receipt.linear_result == "converged" and set(found.params) == {"w"}
+    moved = {name: value * 1.5 for name, value in problem.init_hparams().items()}
+    close(hypergradient_at(problem, moved, solver=NEWTON).gradient, problem.closed_form(moved), 1e-4)
+    with pytest.raises(UsageError, match=r"'rate' is used nowhere"):
+        hypergradient_at(LearnedSolver(), {"rate": torch.tensor(0.1), "init": {"w": torch.ones(5)}})

@@ -1,5 +1,8 @@
 """What a user writes and what becomes of it: problems, plain vectors, constraints, names, minibatches, bad input."""
 
+import doctest
+from collections import OrderedDict, namedtuple
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +10,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from bilevel.constraints import Bijections, Box, Positive, Real, Simplex, UnitInterval
-from bilevel.data import Minibatches, load_digits
+from bilevel.data import Minibatches, Split, load_digits
 from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem, StepBatches
 from bilevel.hypergradient import (
@@ -24,7 +27,8 @@ from bilevel.problem import Problem
 from bilevel.receipt import Receipt
 from bilevel.rng import generator, get_state, normal, seed_everything, set_state
 from bilevel.solvers import LBFGS, GradientDescent, NewtonCG, TorchOptimizer
-from bilevel.trainer.state import set_up
+from bilevel.trainer import fit
+from bilevel.trainer.setup import set_up
 from bilevel.tree import Layout, detach, flatten_names, to
 
 
@@ -277,6 +281,77 @@ def test_a_problem_moves_with_its_tensors_and_modules():
     assert problem.scale.weight.dtype == torch.float32 and Ridge().metrics({}, {}) == {}
 
 
+Pair = namedtuple("Pair", ["x", "label"])
+
+
+def test_a_problem_moves_what_it_holds_however_it_is_nested():
+    problem = Ridge()
+    shared = [torch.ones(2), torch.ones(2, dtype=torch.int64)]
+    problem.splits = {"train": shared, "val": (torch.ones(1), "name")}
+    problem.pair, problem.named = Pair(torch.ones(1), 3), OrderedDict(a=torch.ones(1))
+    problem.split, problem.networks = Split(torch.ones(2, 2), torch.arange(2)), [torch.nn.Linear(1, 1)]
+    problem.to(dtype=torch.float32).to("cpu")
+    assert [part.dtype for part in problem.splits["train"]] == [torch.float32, torch.int64]
+    assert problem.splits["val"][0].dtype == torch.float32 and problem.splits["val"][1] == "name"
+    assert isinstance(problem.pair, Pair) and problem.pair.x.dtype == torch.float32 and problem.pair.label == 3
+    assert isinstance(problem.named, OrderedDict) and problem.named["a"].dtype == torch.float32
+    assert problem.split.x.dtype == torch.float32 and problem.split.y.dtype == torch.int64
+    assert problem.networks[0].weight.dtype == torch.float32
+    assert shared[0].dtype == torch.float64  # somebody else's list stays as it was
+
+
+@pytest.mark.parametrize("num_tasks", [None, 2])
+def test_starting_values_and_batches_follow_the_problem_to_its_dtype(num_tasks):
+    """The problem makes them in torch's default dtype, wherever it has been moved."""
+
+    class Stubborn(NoShift):
+        def inner_batches(self, step, inner_step):
+            batch = {"y": [torch.zeros(5, dtype=torch.float64)], "index": torch.arange(5)}
+            return (
+                batch if num_tasks is None else {"y": [torch.zeros(2, 5)], "index": torch.zeros(2, dtype=torch.int64)}
+            )
+
+        def outer_batches(self, step, inner_step):
+            return torch.zeros(2)
+
+        def inner_loss(self, params, hparams, batch):
+            assert batch["y"][0].dtype == params["bias"].dtype == hparams["penalty.bias"].dtype == torch.float32
+            assert batch["index"].dtype == torch.int64
+            return super().inner_loss(params, hparams, batch["y"][0])
+
+    problem = Stubborn(num_tasks).to(dtype=torch.float32)
+    setup, state = prepare(problem)
+    assert state.params.dtype == torch.float32 and state.params.device == problem.x.device
+    assert {value.dtype for value in state.raw.values()} == {torch.float32}
+    assert StepBatches(problem, 0).outer.dtype == torch.float32
+    result = Implicit().compute(
+        setup.problem, GradientDescent(max_steps=2), state.params, setup.natural(state.raw), StepBatches(problem, 0), {}
+    )
+    assert result.params.dtype == torch.float32
+
+
+def test_one_place_decides_the_device(monkeypatch):
+    """Everything that the problem's methods return goes through `place`, which knows the device of the latest `to`."""
+    problem = Mini().to("cpu").to(dtype=torch.float64)
+    assert (problem._device, problem._dtype) == (torch.device("cpu"), torch.float64)
+    assert (Ridge()._device, Ridge()._dtype) == (None, None)
+    placed = []
+    monkeypatch.setattr(Mini, "place", lambda self, value: placed.append(value) or value)
+    prepare(problem)
+    names = {name for value in placed for name in (value if isinstance(value, dict) else {"batch": 0})}
+    assert names == {"penalty.weight", "penalty.bias", "layer.weight", "bias", "batch"}
+
+
+def test_the_problem_of_the_documentation_runs_where_it_was_moved():
+    names = {"torch": torch, "Problem": Problem}
+    for example in doctest.DocTestParser().get_examples(Problem.__doc__):
+        exec(example.source, names)
+    torch.set_default_dtype(torch.float32)
+    result = fit(names["Ridge"]().to(dtype=torch.float64), num_steps=3)
+    assert result.hparams["penalty"].dtype == result.params["w"].dtype == torch.float64
+    assert result.summary["dtype"] == "float64" and result.history[2]["outer_loss"] < result.history[0]["outer_loss"]
+
+
 MISSING = {
     "init_hparams": lambda p: p.init_hparams(),
     "init_params": lambda p: p.init_params({}),
@@ -395,7 +470,11 @@ REFUSED = {
     "initial, warm start": (Ridge, {"method": Unrolled(warm_start=True)}, r"'shift' .*set hypergradient.warm_start=false"),
     "a solver's option": (lambda: with_hparams(rate=torch.tensor(0.1)), {"solver": GradientDescent(learning_rate="rate")},
                           "'rate' gets no hypergradient from Implicit: it is an option of the inner solver"),
-    "unknown option": (NoShift, {"solver": GradientDescent(learning_rate="speed"), "method": Unrolled()}, None),
+    "unknown option": (NoShift, {"solver": GradientDescent(learning_rate="speed"), "method": Unrolled()},
+                       "option of GradientDescent was expected to be a number or the name of a hyperparameter, but is 'speed': "
+                       "give a number, or one of 'penalty.bias', 'penalty.weight'"),
+    "misspelt option": (lambda: with_hparams(rate=torch.tensor(0.1)),
+                        {"solver": GradientDescent(momentum="rates"), "method": Unrolled()}, "is 'rates': did you mean 'rate'"),
     "unrolled L-BFGS": (NoShift, {"solver": LBFGS(), "method": Unrolled()}, "Unrolled records the inner steps, but LBFGS is "
                                                                             "not differentiable: use GradientDescent"),
     "forward torch": (NoShift, {"solver": TorchOptimizer(), "method": ForwardMode()}, "ForwardMode records .*TorchOptimizer"),
@@ -407,9 +486,6 @@ REFUSED = {
 
 @pytest.mark.parametrize(("make", "options", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_work_is_refused_before_the_first_step(make, options, message):
-    if message is None:  # an option that names no hyperparameter is found by the first step of the solver
-        prepare(make(), **options)
-        return
     with pytest.raises(UsageError, match=message):
         prepare(make(), **options)
 
@@ -440,17 +516,99 @@ def test_the_paths_of_every_hyperparameter_are_found():
         check_paths(FiniteDifference(), flat, solver, hparams, StepBatches(problem, 0))
 
 
-def test_a_hypergradient_of_zeros_is_refused_but_single_zeros_are_not():
+def test_a_hypergradient_of_zeros_is_told_but_single_zeros_are_not(recwarn):
     def computed(linear_result="converged", **gradient):
         return Hypergradient(gradient, torch.zeros(1), {}, Receipt(linear_result=linear_result), 0.0, 0.0)
 
     check_not_all_zero(computed(a=torch.tensor([0.0, 1e-300]), empty=torch.zeros(0)), Implicit())
-    for result in ("converged", "budget_spent", None):
-        with pytest.raises(
-            UsageError, match="whole hypergradient of 'b' is exactly zero in the first step, so Implicit"
-        ):
-            check_not_all_zero(computed(result, a=torch.ones(1), b=torch.zeros(2)), Implicit())
     check_not_all_zero(computed("negative_curvature", b=torch.zeros(2)), Implicit())
+    assert not recwarn.list
+    for result in ("converged", "budget_spent", None):
+        with pytest.warns(UserWarning, match="whole hypergradient of 'b', 'c' is exactly zero.*Implicit does not move"):
+            check_not_all_zero(computed(result, a=torch.ones(1), b=torch.zeros(2), c=torch.zeros(())), Implicit())
+
+
+def test_a_path_through_params_ends_where_the_outer_loss_does_not_depend_on_them():
+    class Apart(NoShift):
+        def outer_loss(self, params, hparams, batch):
+            return hparams["penalty.bias"] * 2 + params["bias"].detach()
+
+    hparams = natural(Apart())
+    paths = find_paths(FlatProblem.of(Apart(), hparams), GradientDescent(), hparams, StepBatches(Apart(), 0))
+    assert paths == {"penalty.weight": set(), "penalty.bias": {"direct"}}
+    with pytest.raises(UsageError, match="'penalty.weight' is used nowhere on the way to the outer loss"):
+        prepare(Apart())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The first look: what the user's functions raise becomes one sentence, before anything is written
+
+
+def changed(num_tasks=None, **functions):
+    return type("Mine", (NoShift,), functions)(num_tasks)
+
+
+def wrong_shape(self, params, hparams, batch):
+    return (self.x.mT @ params["layer.weight"]).sum()
+
+
+def wrong_optimality(self, params, hparams, batch):
+    return {"layer": {"weight": params["layer.weight"][:2]}, "bias": params["bias"]}
+
+
+def no_second_derivative(self, params, hparams, batch):
+    weighted = hparams["penalty.weight"] * params["layer.weight"] * hparams["penalty.bias"]
+    return torch.cdist(self.x, weighted[None], p=3.0).sum()
+
+
+RAISED = {
+    "a shape, inner": (lambda: changed(inner_loss=wrong_shape), RuntimeError,
+                       r"Mine.inner_loss raised RuntimeError \(size mismatch.*\) at test_problem.py:\d+, given params "
+                       r"\[layer.weight\(3,\) float64, bias\(\) float64\] and hparams \[penalty.weight\(3,\) float64, .*fit each"),
+    "a shape, outer": (lambda: changed(outer_loss=wrong_shape), RuntimeError, "Mine.outer_loss raised RuntimeError .size mis"),
+    "a shape, tasks": (lambda: changed(3, inner_loss=wrong_shape), RuntimeError, r"inner_loss raised .*given params \[layer.weight\(3,\)"),
+    "a shape, batch": (lambda: changed(inner_batches=lambda self, i, k: [torch.zeros(4)]), TypeError,
+                       r"Mine.inner_loss raised TypeError .* and batch \[\[0\]\(4,\) float64\]: make"),
+    "a name": (lambda: changed(inner_loss=lambda self, p, h, b: p["weights"].sum()), KeyError, "inner_loss raised KeyError .'weights'"),
+    "an index": (lambda: changed(outer_loss=lambda self, p, h, b: p["layer.weight"][7]), IndexError, "outer_loss raised IndexError"),
+    "an argument": (lambda: changed(outer_loss=lambda self, p, h: p["bias"]), TypeError, "outer_loss raised TypeError .*positional"),
+    "an attribute": (lambda: changed(init_params=lambda self, h: {"w": self.nothing}), AttributeError, "Mine.init_params raised Attr.*'nothing'"),
+    "hyperparameters": (lambda: changed(init_hparams=lambda self: {"a": torch.zeros(2) + torch.zeros(3)}), RuntimeError,
+                        r"Mine.init_hparams raised RuntimeError \(The size of tensor a .*\) at test_problem.py:\d+: make"),
+    "a sampler": (lambda: changed(inner_batches=lambda self, i, k: self.x[9]), IndexError, "Mine.inner_batches raised IndexError"),
+    "a dtype": (lambda: changed(outer_loss=lambda self, p, h, b: self.x[0].float() @ p["layer.weight"]), RuntimeError,
+                "outer_loss raised RuntimeError .*dtype"),
+    "a derivative": (lambda: changed(inner_loss=no_second_derivative), RuntimeError,
+                     r"Mine.inner_loss or outer_loss, differentiated, raised \w+ .*cdist_backward' is not implemented"),
+    "an optimality": (lambda: changed(optimality=wrong_optimality), UsageError,
+                      r"optimality was expected to return a dictionary like params: 'layer.weight' .* \(3,\), but has \(2,\)"),
+    "no dictionary": (lambda: changed(init_params=lambda self, h: torch.zeros(3)), None, "a dictionary of tensors was expected, but a Tensor"),
+    "no parameter": (lambda: changed(init_params=lambda self, h: {"w": torch.zeros(0)}), None, "init_params was expected .*have no entry"),
+    "integers": (lambda: changed(init_params=lambda self, h: {"w": torch.arange(3)}), None, "init_params .*real numbers, but they are torch.int64"),
+    "tasks": (lambda: changed(0), None, "num_tasks must be an integer of at least 1, or None .*but is 0"),
+    "a task dimension": (lambda: changed(3, inner_batches=lambda self, i, k: torch.zeros(4, 5)), None,
+                         r"inner_batches was expected .*num_tasks=3 as its leading dimension, but has shape \(4, 5\): stack"),
+    "a nested one": (lambda: changed(3, inner_batches=lambda self, i, k: {"x": (torch.zeros(3), torch.zeros(5, 3))}), None,
+                     r"inner_batches\['x'\]\[1\] was expected .*but has shape \(5, 3\)"),
+    "none at all": (lambda: changed(3, outer_batches=lambda self, i, k: [torch.tensor(1.0)]), None, r"outer_batches\[0\] .*has shape \(\)"),
+    "a number": (lambda: changed(3, outer_batches=lambda self, i, k: 1.0), None, "outer_batches was expected .*but is a float"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "cause", "message"), RAISED.values(), ids=RAISED)
+def test_what_does_not_fit_is_told_in_one_sentence_with_its_cause(make, cause, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        prepare(make())
+    assert "\n" not in str(caught.value)
+    assert caught.value.__cause__ is None if cause is None else isinstance(caught.value.__cause__, cause)
+
+
+def test_only_the_users_mistakes_are_blamed_on_the_user():
+    def ours(self, params, hparams, batch):
+        raise AssertionError("ours")
+
+    with pytest.raises(AssertionError, match="ours"):
+        prepare(changed(inner_loss=ours))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,17 +1,24 @@
 """The main job: the same objective as scikit-learn's, below its grid within ten steps, honest about the test loss."""
 
 import functools
+import json
+import re
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from bilevel.cli import main
+from bilevel.cli.composer import composer, resolve
+from bilevel.cli.job import assemble
 from bilevel.data import load_digits
 from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem
 from bilevel.hypergradient import Implicit
-from bilevel.linalg import ConjugateGradient
+from bilevel.linalg import MINRES
 from bilevel.problems import DigitsGrid, DigitsMLP, DigitsSoftmax
 from bilevel.problems.digits_grid import sklearn_c
 from bilevel.solvers import LBFGS, NewtonCG, run
@@ -47,18 +54,78 @@ def grids():
     return {seed: DigitsGrid(split_seed=seed).search() for seed in (0, 5)}
 
 
-# The committed outer setting of experiment=digits.
-OUTER = functools.partial(torch.optim.Adam, lr=1.5, betas=(0.2, 0.7))
+def committed(*overrides):
+    """The objects of `experiment=digits` as conf/ has them, and the configuration."""
+    with composer() as compose:
+        config = resolve(compose.compose(["experiment=digits", "tracking=none", *overrides]))
+    return assemble(config, torch.device("cpu"), torch.float64), config
+
+
+def test_the_main_job_is_the_comparison_that_is_claimed():
+    parts, config = committed()
+    (grid,) = parts.callbacks
+    assert parts.trainer.num_steps <= 10 and config["dtype"] == "float64"
+    assert isinstance(parts.problem, DigitsSoftmax) and parts.problem.init_hparams()["penalty"].numel() == 1
+    assert (len(grid.penalties), min(grid.penalties), max(grid.penalties)) == (100, 1e-6, 1e4)
+    assert grid.tolerance == 1e-10 and grid.split_seed == config["problem"]["split_seed"]
+
+
+@pytest.mark.parametrize("penalty", [1e-4, 1e-2])
+def test_the_grids_solver_reaches_the_tolerance_that_it_is_given(penalty):
+    """scikit-learn stops at a largest entry of the gradient of its own mean objective below tol, 1e-10."""
+    (grid,) = committed()[0].callbacks
+    train = load_digits(grid.split_seed)[0]
+    x, y = train.x.double().numpy(), train.y.numpy()
+    model = LogisticRegression(solver="newton-cg", tol=grid.tolerance, max_iter=10_000, C=sklearn_c(penalty, len(x)))
+    with warnings.catch_warnings(record=True):  # its line search gives up where rounding leaves nothing to gain
+        warnings.simplefilter("always")
+        model.fit(x, y)
+    errors = model.predict_proba(x) - np.eye(10)[y]
+    gradient = np.concatenate([(errors.T @ x / len(x) + penalty * model.coef_).ravel(), errors.mean(0)])
+    assert np.abs(gradient).max() <= 2 * grid.tolerance
 
 
 @pytest.mark.parametrize("factor", [100.0, 0.01])
 @pytest.mark.parametrize("seed", [0, 5])
 def test_ten_steps_reach_the_grids_best_from_two_decades_away(factor, seed, grids):
     best = grids[seed]
-    problem = DigitsSoftmax(start=factor * best["penalty"], split_seed=seed)
-    result = fit(problem, solver=NewtonCG(max_steps=100), hypergradient=Implicit(), optimizer=OUTER, num_steps=10)
+    parts, _ = committed(f"problem.start={factor * best['penalty']}", f"problem.split_seed={seed}")
+    result = fit(
+        parts.problem,
+        solver=parts.solver,
+        hypergradient=parts.hypergradient,
+        optimizer=parts.optimizer,
+        trainer=parts.trainer,
+    )
+    assert len(result.history) <= 10
     assert result.summary["best"]["outer_loss"] <= best["validation_loss"] * (1 + 1e-4)
     assert result.summary["work"]["inner_gradients"] > 0 and result.summary["work"]["num_mv"] > 0
+
+
+def test_the_main_job_prints_the_grid_and_its_own_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("bilevel.report.write_report", lambda directory: None)
+    words = ["experiment=digits", "tracking=console", "trainer.num_steps=3", "callbacks.grid.num_points=3"]
+    assert main(["train", *words, "callbacks.grid.low=1e-4", "callbacks.grid.high=1e-2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    summary = json.loads(Path(lines[-1].removeprefix("summary: ")).read_text())
+    rows = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in (re.split("[│┃]", line) for line in lines) if len(cells) > 3}  # fmt: skip
+    assert rows["method"] == [
+        "validation",
+        "test",
+        "accuracy",
+        "penalties",
+        "fits",
+        "gradients",
+        "mat-vecs",
+        "time (s)",
+    ]
+    grid, (ours,) = rows["grid of 3"], [cells for name, cells in rows.items() if name.startswith("hypergradient, step")]
+    figures, best, work = summary["baseline_figures"], summary["best"], summary["work"]
+    assert grid[:5] == [f"{figures['validation_loss']:.6f}", f"{figures['test_loss']:.6f}", f"{figures['test_accuracy']:.4f}", "1", "3"]  # fmt: skip
+    assert ours[:5] == [f"{best['outer_loss']:.6f}", f"{best['metrics.test_loss']:.6f}", f"{best['metrics.test_accuracy']:.4f}", "1", "3"]  # fmt: skip
+    assert ours[5:7] == [f"{work['inner_gradients']:,}", f"{work['inner_products'] + work['num_mv']:,}"]
+    assert work["inner_gradients"] > 3 and work["inner_products"] > 3 and work["num_mv"] > 3
 
 
 def test_640_penalties_beat_the_grid_on_the_validation_split(grids):
@@ -94,13 +161,13 @@ def test_minibatch_losses_are_unbiased():
 
 def test_the_mlp_improves_with_a_decay_for_each_weight():
     problem = DigitsMLP(hidden=(8,))
-    method = Implicit(linear_solver=ConjugateGradient(rtol=1e-3, max_steps=100))
+    method = Implicit(linear_solver=MINRES(rtol=1e-3, max_steps=100))
     optimizer = functools.partial(torch.optim.Adam, lr=0.3)
     result = fit(
         problem, solver=LBFGS(max_steps=400, atol=1e-4), hypergradient=method, optimizer=optimizer, num_steps=5
     )
-    assert set(result.hparams) == {"penalty.layer0", "penalty.layer1"}
-    assert result.hparams["penalty.layer0"].shape == (8, 64)
+    assert set(result.hparams) == {f"penalty.layer{index}.{name}" for index in (0, 1) for name in ("weight", "bias")}
+    assert result.hparams["penalty.layer0.weight"].shape == (8, 64)
     assert result.summary["best"]["outer_loss"] < 0.9 * result.history[0]["outer_loss"]
 
 

@@ -13,30 +13,19 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encod
 def test_the_own_problem_runs_and_improves(capsys):
     names = {"__name__": "readme"}
     exec(compile(BLOCKS[0], "README.md", "exec"), names)
-    before, after = re.match(r"([\d.e-]+) -> ([\d.e-]+)", capsys.readouterr().out).groups()
+    before, after = re.search(r"^([\d.e-]+) -> ([\d.e-]+)$", capsys.readouterr().out, re.MULTILINE).groups()
     assert float(after) < 0.9 * float(before)
     penalty = names["result"].hparams["penalty"]
-    assert penalty[:3].max() < penalty[3:].median()  # the features that matter are penalised least
+    assert float(penalty[:3].max()) < 1 and 15 > float(penalty[3:].min()) > 10 and 600 < float(penalty.max()) < 700
 
 
-def test_the_decorator_example_differentiates():
-    torch.set_default_dtype(torch.float64)
-    try:
-
-        def solver(theta):
-            x = theta.clone()
-            for _ in range(50):
-                x = x - (4 * x**3 + 2 * (x - theta)) / (12 * x**2 + 2)
-            return x
-
-        names = {"my_solver": solver}
-        exec(compile(BLOCKS[1], "README.md", "exec"), names)
-        theta = torch.tensor([0.5, -1.0], requires_grad=True)
-        x = names["solve"](theta)
-        (slope,) = torch.autograd.grad(x.sum(), theta)
-        torch.testing.assert_close(slope, 2 / (12 * x.detach() ** 2 + 2))
-    finally:
-        torch.set_default_dtype(torch.float32)
+def test_the_decorator_example_differentiates_a_scipy_solver():
+    names = {"__name__": "readme"}
+    exec(compile(BLOCKS[1], "README.md", "exec"), names)
+    theta = names["theta"]
+    x = names["solve"](theta).detach()
+    torch.testing.assert_close(theta.grad, 2 / (12 * x**2 + 2), rtol=1e-8, atol=0)
+    assert names["solve"].report(theta).stationarity < 1e-8
 
 
 def test_it_is_short_and_names_only_what_exists():

@@ -1,5 +1,6 @@
-"""Killed at random steps and resumed: bitwise the run that was never interrupted; likewise with wandb killed."""
+"""Killed at random steps, stopped by an exception at any line, and resumed: bitwise the run that was never interrupted."""
 
+import functools
 import json
 import random
 import signal
@@ -9,7 +10,18 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.numpy import load_file
+
+import bilevel.trainer
+from bilevel import rng
+from bilevel.constraints import Positive
+from bilevel.hypergradient import Implicit
+from bilevel.problem import Problem
+from bilevel.solvers import NewtonCG
+from bilevel.tracking import JsonlTracker
+from bilevel.trainer import Callback, Trainer, run
+from bilevel.trainer.checkpoint import load_checkpoint
 
 COMMON = {
     "experiment": "digits", "callbacks": "none", "tracking": "none", "threads": 1, "trainer.num_steps": 60,
@@ -95,3 +107,197 @@ def test_a_corrupt_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and newest.name in output
     assert records(directory) == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In this process: an exception, or Ctrl-C, at any line
+
+
+class Noisy(Problem):
+    """Drawn metrics, so that the random generators are part of the state; `fail` raises at chosen calls."""
+
+    constraints = {"penalty": Positive()}
+
+    def __init__(self, fail=None):
+        self.fail = dict(fail or {})
+
+    def count(self, name):
+        if name in self.fail:
+            self.fail[name] -= 1
+            if self.fail[name] == 0:
+                raise RuntimeError(f"{name} fails")
+
+    def init_hparams(self):
+        return {"penalty": torch.tensor([5.0, 0.2], dtype=torch.float64)}
+
+    def init_params(self, hparams):
+        return {"w": torch.zeros(2, dtype=torch.float64)}
+
+    def inner_loss(self, params, hparams, batch):
+        self.count("inner_loss")
+        w = params["w"]
+        return ((w - 3).square() + (w**4) / 10 + hparams["penalty"] * w.square()).sum()
+
+    def outer_loss(self, params, hparams, batch):
+        self.count("outer_loss")
+        return (params["w"] - 1).square().sum()
+
+    def metrics(self, params, hparams):
+        noise = torch.rand(())
+        self.count("metrics")
+        return {"noise": float(noise)}
+
+
+class Failing(Callback):
+    """Raises at one step, before or after the records are written."""
+
+    def __init__(self, step=None):
+        self.step = step
+
+    def on_step(self, record, hparams):
+        torch.rand(())
+        if record["step"] == self.step:
+            raise RuntimeError("the callback fails")
+
+
+ADAM = functools.partial(torch.optim.Adam, lr=0.3)
+COSINE = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=6)
+
+
+def go(directory, problem=None, callbacks=(), *, resume=False, **trainer):
+    """Run as the command line does: seeded, the records first."""
+    rng.seed_everything(3)
+    settings = Trainer(**{"num_steps": 5, "checkpoint_every": 2, **trainer})
+    method = Implicit(warm_start_linear=True)
+    records = JsonlTracker(directory / "metrics.jsonl")
+    return run(
+        problem or Noisy(), NewtonCG(), method, ADAM, settings, directory, scheduler=COSINE,
+        callbacks=[records, *(callbacks or [Failing()])], resume=resume,
+    )  # fmt: skip
+
+
+def outcome(directory):
+    """All that a run leaves, but for its times."""
+    state, step, skipped = load_checkpoint(directory / "checkpoints")
+    for timed in (state, state["record"]):
+        for name in (*TIMES, "wall_seconds"):
+            timed.pop(name, None)
+    files = [load_file(directory / f"{name}.safetensors") for name in ("hparams", "hparams_last")]
+    summary = json.loads((directory / "summary.json").read_text())
+    return repr((state, step, skipped, records(directory), files, summary["best"], summary["stopped_because"]))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    torch.set_printoptions(precision=17)  # `outcome` compares texts
+    directory = tmp_path_factory.mktemp("whole")
+    go(directory)
+    yield outcome(directory)
+    torch.set_printoptions(profile="default")
+
+
+FAILURES = {
+    "metrics": lambda: (Noisy({"metrics": 4}), []),
+    "inner loss": lambda: (Noisy({"inner_loss": 40}), []),
+    "outer loss": lambda: (Noisy({"outer_loss": 6}), []),
+    "a callback": lambda: (Noisy(), [Failing(2)]),
+    "the first step's callback": lambda: (Noisy(), [Failing(0)]),
+    "the last step's callback": lambda: (Noisy(), [Failing(4)]),
+}
+
+
+@pytest.mark.parametrize("make", FAILURES.values(), ids=FAILURES)
+def test_what_the_user_wrote_may_fail_in_mid_step(make, tmp_path, uninterrupted):
+    problem, callbacks = make()
+    with pytest.raises(RuntimeError, match="fails"):
+        go(tmp_path, problem, callbacks)
+    if (tmp_path / "checkpoints").exists():  # no step was lost: the newest checkpoint is that of the step that failed
+        assert len(records(tmp_path)) - load_checkpoint(tmp_path / "checkpoints")[1] == len(callbacks)
+    go(tmp_path, resume=True)
+    assert outcome(tmp_path) == uninterrupted
+
+
+class Injector:
+    """Raises at the n-th line that the trainer's modules and the problem above execute; counts them otherwise."""
+
+    FILES = {*(str(path) for path in Path(bilevel.trainer.__file__).parent.glob("*.py")), __file__}
+
+    def __init__(self, error, at):
+        self.error, self.at, self.lines = error, at, 0
+
+    def __call__(self, frame, event, arg):
+        if frame.f_code.co_filename not in self.FILES:
+            return None
+        if event == "line":
+            self.lines += 1
+            if self.lines == self.at:
+                raise self.error
+        return self
+
+
+def go_traced(directory, injector):
+    before = sys.gettrace()
+    sys.settrace(injector)
+    try:
+        go(directory)
+    finally:
+        sys.settrace(before)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_exception_at_any_line_leaves_a_run_that_goes_on_exactly(error, tmp_path, uninterrupted):
+    counter = Injector(error, at=0)
+    go_traced(tmp_path / "counted", counter)
+    assert counter.lines > 1000
+    source = random.Random(0)
+    for point in sorted(source.sample(range(1, counter.lines), 60)):
+        directory = tmp_path / str(point)
+        with pytest.raises(error):
+            go_traced(directory, Injector(error, point))
+        go(directory, resume=True)
+        assert outcome(directory) == uninterrupted, f"line {point} of {counter.lines}"
+
+
+def test_a_run_that_had_stopped_early_makes_no_further_step(tmp_path):
+    class Worse(Noisy):
+        def outer_loss(self, params, hparams, batch):
+            return super().outer_loss(params, hparams, batch) + batch
+
+        def outer_batches(self, step, inner_step):
+            return torch.tensor(float("nan") if self.kind == "nonfinite" and step >= 3 else float(step))
+
+    for kind, reason, steps in (
+        ("patience", "no better outer loss in 2 steps", 3),
+        ("nonfinite", "3 non-finite hypergradients in a row; none was applied", 6),
+    ):
+        problem, directory = Worse(), tmp_path / kind
+        problem.kind = kind
+        settings = {"num_steps": 9, "patience": 2 if kind == "patience" else None}
+        first = go(directory, problem, **settings)
+        assert (first["stopped_because"], first["num_steps"]) == (reason, steps)
+        before = records(directory)
+        again = go(directory, problem, resume=True, **settings)
+        assert (again["stopped_because"], again["num_steps"]) == (reason, steps) and records(directory) == before
+
+
+def test_the_wall_time_of_a_resumed_run_is_that_of_all_its_processes(tmp_path):
+    class Slow(Failing):
+        def on_step(self, record, hparams):
+            time.sleep(0.1)
+
+    first = go(tmp_path, callbacks=[Slow()], num_steps=4)
+    assert 0.4 < first["wall_seconds"]
+    second = go(tmp_path, num_steps=5, resume=True)
+    assert first["wall_seconds"] <= second["wall_seconds"] < first["wall_seconds"] + 0.3
+    assert second["step_seconds"] < second["wall_seconds"]
+
+
+def test_a_callback_that_fails_at_the_end_leaves_the_summary_and_the_checkpoint(tmp_path):
+    class Fragile(Failing):
+        def on_end(self, summary):
+            raise RuntimeError("no network")
+
+    with pytest.raises(RuntimeError, match="no network"):
+        go(tmp_path, callbacks=[Fragile()])
+    assert json.loads((tmp_path / "summary.json").read_text())["stopped_because"] == "all steps were made"
+    assert load_checkpoint(tmp_path / "checkpoints")[1] == 5

@@ -303,8 +303,24 @@ def test_a_non_finite_gradient_ends_the_loop_at_the_last_finite_iterate():
     solution = solve(GradientDescent(learning_rate=0.4, atol=0.0, max_steps=100), objective, torch.full((2,), 2.0))
     assert solution.result is InnerResult.nonfinite and solution.num_steps < 100
     assert bool(solution.params.isfinite().all())
-    exploding = solve(GradientDescent(learning_rate=1e5, max_steps=1000), QUADRATIC, torch.ones(2))
-    assert exploding.result is InnerResult.nonfinite and bool(exploding.params.isfinite().all())
+
+
+@pytest.mark.parametrize("learning_rate", [0.7, 3.0, 1e5])
+@pytest.mark.parametrize("max_steps", [200, 5000])
+def test_divergence_is_called_so_long_before_numbers_overflow(learning_rate, max_steps):
+    start = torch.tensor([[1.0, 1.0], [0.0, 0.0]])  # one system diverges, one stands at its solution
+    solver = GradientDescent(learning_rate=learning_rate, max_steps=max_steps)
+    exploding = solve(solver, Objective(lambda x, h: 2 * x.square().sum(-1)), start)
+    assert exploding.result is InnerResult.diverged and not exploding.result.usable
+    assert bool(exploding.params.isfinite().all()) and exploding.num_steps < 200
+
+
+def test_growth_from_a_vanishing_gradient_is_no_divergence():
+    """A first batch without gradient, a start at rounding level: the growth is relative to one, then."""
+    slopes = [1e-100, 1e-12, 5.0, 1.0, 0.1]
+    solver = GradientDescent(learning_rate=0.1, atol=0.0, max_steps=5)
+    solution = run(solver, lambda k: Objective(lambda x, h: slopes[k] * x.sum(-1)), torch.ones(3), {})
+    assert solution.result is InnerResult.max_steps
 
 
 @pytest.mark.parametrize("solver", [LBFGS(atol=1e-30), NewtonCG(atol=1e-30)], ids=name_of)

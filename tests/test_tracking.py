@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -17,7 +18,11 @@ from typing import Any
 import pytest
 import torch
 
+from bilevel import Problem, fit
 from bilevel.errors import UsageError
+from bilevel.result import Result
+from bilevel.solvers import GradientDescent
+from bilevel.solvers.loop import InnerResult
 from bilevel.tracking import ConsoleTracker, GuardedTracker, JsonlTracker, WandbTracker, read_metrics
 from bilevel.tracking.format import baseline_table, duration, number
 
@@ -187,6 +192,7 @@ def test_a_pipe_gets_about_twenty_aligned_lines(num_steps: int, capsys: pytest.C
     play(num_steps)
     captured = capsys.readouterr()
     header, *lines, verdict = captured.out.splitlines()
+    lines = [line for line in lines if "skipped, for" not in line]  # the skipped step is told besides
     steps = [int(line.split()[0]) for line in lines]
     assert steps[0] == 0 and steps[-1] == num_steps - 1 and steps == sorted(set(steps))
     assert min(num_steps, 10) <= len(steps) <= 21 and captured.err == ""
@@ -196,8 +202,10 @@ def test_a_pipe_gets_about_twenty_aligned_lines(num_steps: int, capsys: pytest.C
 
 def test_an_early_stop_prints_its_last_step_and_a_skipped_one_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     play(10, stop=8, stopped_because="the loss was not finite.")
-    *_, last, verdict = capsys.readouterr().out.splitlines()
+    *_, last, news, count, verdict = capsys.readouterr().out.splitlines()
+    assert news == "step 7: skipped, for the hypergradient was not finite or the inner solve diverged"
     assert last.split()[0] == "7" and last.endswith("(skipped)")
+    assert count == "1 of 8 steps: skipped, for the hypergradient was not finite or the inner solve diverged"
     assert verdict.endswith("stopped: the loss was not finite")
 
 
@@ -229,6 +237,70 @@ def test_a_terminal_gets_a_bar_on_stderr(monkeypatch: pytest.MonkeyPatch, capsys
     bar = terminal.getvalue()
     assert "digits" in bar and "30/30" in bar and "products 12" in bar and "ETA 1.0 s" in bar
     assert len(capsys.readouterr().out.splitlines()) > 10  # stdout is a pipe here: the log file has its lines
+
+
+def troubled(results: list[dict[str, Any]], num_lines: int = 2) -> None:
+    tracker = ConsoleTracker(num_lines)
+    tracker.on_start(start(num_steps=len(results)))
+    for step, result in enumerate(results):
+        more = {f"receipt.{key}": value for key, value in result.items()}
+        tracker.on_step(record(step, num_steps=len(results), **more), {})
+    tracker.on_end({})
+
+
+@pytest.mark.parametrize("result", [result for result in Result if not result.successful])
+def test_a_linear_solve_that_failed_is_told_once_and_counted(
+    result: Result, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fine, bad = {"linear_result": "converged", "inner_result": "converged"}, {"linear_result": result.name}
+    troubled([fine, fine, bad, fine, bad, bad, fine])
+    *lines, count, verdict = capsys.readouterr().out.splitlines()
+    told = f"step 2: the linear solve ended with {result.name}: {result.value}"
+    assert [line for line in lines if "solve" in line] == [told]
+    assert lines.index(told) == 2, "told at its step, though no line was due there"
+    assert count == f"3 of 7 steps: the linear solve ended with {result.name}"
+    assert verdict.startswith("best outer loss")
+
+
+@pytest.mark.parametrize("name", [result.name for result in InnerResult if result is not InnerResult.converged])
+def test_an_inner_solve_that_failed_is_told_with_its_gradient(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    both = {"inner_result": name, "stationarity": 0.25, "linear_result": "singular"}
+    troubled([both, {"inner_result": name, "stationarity": 7.0}, both])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "solve" in line]
+    assert lines == [
+        f"step 0: the inner solve ended with {name}, and the norm of its gradient is 0.2500",
+        f"step 0: the linear solve ended with singular: {Result.singular.value}",
+        f"3 of 3 steps: the inner solve ended with {name}",
+        "2 of 3 steps: the linear solve ended with singular",
+    ]
+
+
+def test_solves_that_succeeded_are_not_talked_about(capsys: pytest.CaptureFixture[str]) -> None:
+    successes = [result.name for result in Result if result.successful]
+    troubled([{"linear_result": name, "inner_result": "converged"} for name in successes] + [{"linear_result": None}])
+    assert "solve" not in capsys.readouterr().out
+
+
+def test_an_indefinite_inner_problem_is_told_by_the_console(capsys: pytest.CaptureFixture[str]) -> None:
+    class Saddle(Problem):
+        def init_hparams(self) -> Any:
+            return {"target": torch.tensor(1.0)}
+
+        def init_params(self, hparams: Any) -> Any:
+            return {"x": torch.zeros(2)}
+
+        def inner_loss(self, params: Any, hparams: Any, batch: Any) -> Any:  # no minimum: the second entry runs away
+            return (params["x"] * torch.tensor([1.0, -0.1]) * params["x"]).sum() + hparams["target"] * params["x"].sum()
+
+        def outer_loss(self, params: Any, hparams: Any, batch: Any) -> Any:
+            return params["x"].square().sum()
+
+    solver = GradientDescent(learning_rate=0.1, max_steps=5)
+    fit(Saddle(), solver=solver, num_steps=2, callbacks=[ConsoleTracker()])
+    out = capsys.readouterr().out
+    assert f"step 0: the linear solve ended with negative_curvature: {Result.negative_curvature.value}" in out
+    assert "step 0: the inner solve ended with max_steps" in out
+    assert "2 of 2 steps: the linear solve ended with negative_curvature" in out
 
 
 BASELINE = {
@@ -290,13 +362,38 @@ def test_disabled_wandb_is_not_even_imported(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=_environment())
 
 
-# A run whose numbers come from the global random states, so that a tracker that draws from them is found out.
-RUN = """
+# A training run in whose record there are draws from the global random states, so that a tracker that touches them is
+# found out; wandb's service process is killed after one of its steps.
+TRAIN = """
 import os, random, signal, sys, time
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 import numpy, torch
+from bilevel import Positive, Problem
+from bilevel.hypergradient import Implicit
+from bilevel.rng import generator, seed_everything
+from bilevel.solvers import GradientDescent
 from bilevel.tracking import JsonlTracker, WandbTracker
+from bilevel.trainer import Trainer, run
+
+class Ridge(Problem):
+    constraints = {"penalty": Positive()}
+    def __init__(self):
+        draw = generator(0)
+        self.x, self.y = torch.randn(2, 40, 5, generator=draw).unbind(), torch.randn(2, 40, generator=draw)
+    def init_hparams(self):
+        return {"penalty": torch.full((5,), 0.1)}
+    def init_params(self, hparams):
+        return {"w": torch.randn(5)}
+    def inner_loss(self, params, hparams, batch):
+        residual = self.x[0][batch] @ params["w"] - self.y[0][batch]
+        return residual.square().mean() + (hparams["penalty"] * params["w"].square()).sum()
+    def inner_batches(self, step, inner_step):
+        return torch.randint(40, (20,), generator=generator(step, max(inner_step, 0)))
+    def outer_loss(self, params, hparams, batch):
+        return (self.x[1] @ params["w"] - self.y[1]).square().mean()
+    def metrics(self, params, hparams):
+        return {"torch": torch.rand(()), "numpy": numpy.random.rand(), "python": random.random()}
 
 def is_service(folder):
     try:
@@ -305,7 +402,36 @@ def is_service(folder):
     except OSError:  # a process that ended meanwhile
         return False
 
-directory, mode, first, stop, killed = Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:6])
+class Killer:
+    def on_start(self, start):
+        pass
+    def on_step(self, record, hparams):
+        if record["step"] == killed:
+            services = [int(folder.name) for folder in Path("/proc").glob("[0-9]*") if is_service(folder)]
+            assert services, "wandb's service process was not found"
+            for service in services:
+                os.kill(service, signal.SIGKILL)
+            time.sleep(0.2)
+    def on_end(self, summary):
+        pass
+
+directory, mode, killed = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+seed_everything(0)
+trackers = [JsonlTracker(directory / "metrics.jsonl"), WandbTracker(mode=mode, histograms_every=2), Killer()]
+run(Ridge(), GradientDescent(max_steps=20), Implicit(), partial(torch.optim.Adam, lr=0.1), Trainer(num_steps=8),
+    directory, callbacks=trackers, config={"name": "ridge"})
+print("the run ended")
+"""
+
+# Records from first to stop, without training.
+RUN = """
+import random, sys
+from pathlib import Path
+from types import SimpleNamespace
+import numpy, torch
+from bilevel.tracking import JsonlTracker, WandbTracker
+
+directory, mode, first, stop = Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:5])
 random.seed(0), numpy.random.seed(0), torch.manual_seed(0)
 hparams = {"penalty.weight": torch.rand(8) + 0.1, "mix": torch.tensor([-1.0, float("nan")]), "one": torch.ones(())}
 wandb_tracker = WandbTracker(mode=mode, group="g", tags=["t"], histograms_every=2)
@@ -319,12 +445,6 @@ for step in range(first, stop):
     record = {"step": step, "num_steps": 8, "outer_loss": drawn, "inner_loss": float("nan"), "x": None}
     for tracker in trackers:
         tracker.on_step(record, hparams)
-    if step == killed:
-        services = [int(folder.name) for folder in Path("/proc").glob("[0-9]*") if is_service(folder)]
-        assert services, "wandb's service process was not found"
-        for service in services:
-            os.kill(service, signal.SIGKILL)
-        time.sleep(0.2)
 summary = {"best": {"step": 3, "outer_loss": 0.5}, "final": {}, "baseline": {"name": "b", "rows": [["a", 1]]}}
 for tracker in trackers:
     tracker.on_end(summary)
@@ -337,9 +457,9 @@ def _environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if not key.startswith("WANDB")} | {"PYTHONPATH": root}
 
 
-def run(directory: Path, mode: str = "offline", first: int = 0, stop: int = 8, killed: int = -1) -> Any:
+def run(script: str, directory: Path, mode: str, *numbers: int) -> Any:
     directory.mkdir(exist_ok=True)
-    command = [sys.executable, "-c", RUN, str(directory), mode, *map(str, (first, stop, killed))]
+    command = [sys.executable, "-c", script, str(directory), mode, *map(str, numbers)]
     return subprocess.run(
         command, cwd=directory, env=_environment(), capture_output=True, text=True, timeout=120, check=True
     )
@@ -347,22 +467,46 @@ def run(directory: Path, mode: str = "offline", first: int = 0, stop: int = 8, k
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="finds the service process through /proc")
 def test_wandb_dies_and_the_run_does_not_notice(tmp_path: Path) -> None:
-    plain = run(tmp_path / "plain", mode="disabled")
-    killed = run(tmp_path / "killed", killed=3)
+    plain = run(TRAIN, tmp_path / "plain", "disabled", -1)
+    killed = run(TRAIN, tmp_path / "killed", "offline", 3)
     assert killed.stdout == plain.stdout == "the run ended\n"
     (sentence,) = killed.stderr.splitlines()
     assert sentence.startswith("Tracking by wandb stopped, the run goes on without it (")
-    left, right = (tmp_path / name / "metrics.jsonl" for name in ("plain", "killed"))
-    assert left.read_bytes() == right.read_bytes() and len(read_metrics(left)) == 8
+    left, right = (_numbers(tmp_path / name) for name in ("plain", "killed"))
+    assert len(left["steps"]) == 8 and left == right
+    assert len({step["outer_loss"] for step in left["steps"]}) == 8, "the run has trained"
+    (folder,) = (tmp_path / "killed" / "wandb").glob("offline-run-*")
+    assert _would_sync(folder) == 1, "what wandb had written before it died can be synced"
+
+
+def _numbers(directory: Path) -> dict[str, Any]:
+    """Everything that a training run computed, as text and bytes; its clock is left out."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    steps = [{key: repr(value) for key, value in line.items() if "seconds" not in key} for line in lines]
+    return {"steps": steps, **{file.name: file.read_bytes() for file in directory.glob("*.safetensors")}}
+
+
+def _would_sync(folder: Path) -> int:
+    """The number of runs that `wandb sync` finds in a folder; it opens no connection."""
+    command = [sys.executable, "-m", "wandb", "sync", "--dry-run", str(folder)]
+    done = subprocess.run(command, cwd=folder, env=_environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"Would sync (\d+) run", done.stdout + done.stderr)
+    return int(found[1]) if found else 0
 
 
 def test_wandb_offline_leaves_syncable_folders_under_one_id(tmp_path: Path) -> None:
-    first = run(tmp_path, stop=4)
+    first = run(RUN, tmp_path, "offline", 0, 4)
     assert (first.stdout, first.stderr) == ("the run ended\n", "")  # and not a word of wandb's own
-    run(tmp_path, first=4)
+    run(RUN, tmp_path, "offline", 4, 8)
     folders = sorted((tmp_path / "wandb").glob("offline-run-*"))
     identity = (tmp_path / "wandb" / "run_id.txt").read_text().strip()
-    assert folders and all(folder.name.endswith(identity) for folder in folders)
+    assert len(folders) == 2 and all(folder.name.endswith(identity) for folder in folders)
+    assert _would_sync(tmp_path / "wandb") == 2 and _would_sync(tmp_path) == 0
+    opening = _history(folders[0] / f"run-{identity}.wandb", "run")
+    assert [(entry.run.run_id, entry.run.project, entry.run.run_group) for entry in opening[:1]] == [
+        (identity, "bilevel", "g")
+    ]
     rows = [row for folder in folders for row in _history(folder / f"run-{identity}.wandb")]
     rows = [row for row in rows if "outer_loss" in row]  # the last one is the baseline's
     assert [row["step"] for row in rows] == list(range(8))

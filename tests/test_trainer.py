@@ -5,16 +5,18 @@ import math
 
 import pytest
 import torch
+from torch.optim import lr_scheduler as schedulers
 
 import bilevel
 from bilevel.constraints import Box, Positive, Simplex
 from bilevel.errors import UsageError
-from bilevel.hypergradient import Implicit, Unrolled
-from bilevel.linalg import ConjugateGradient
+from bilevel.hypergradient import Implicit, OneStep, Unrolled
+from bilevel.linalg import GMRES, ConjugateGradient
 from bilevel.problem import Problem
-from bilevel.solvers import LBFGS, GradientDescent, NewtonCG
+from bilevel.solvers import LBFGS, GradientDescent, NewtonCG, ProximalGradient, SoftThreshold
 from bilevel.trainer import Callback, Trainer, fit, run
-from bilevel.trainer.state import set_up
+from bilevel.trainer.checkpoint import load_checkpoint, save_checkpoint
+from bilevel.trainer.setup import set_up
 
 
 @pytest.fixture(autouse=True)
@@ -148,6 +150,17 @@ def test_three_non_finite_hypergradients_in_a_row_stop_the_run_with_the_reason()
     assert result.history[-1]["step"] == 7
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_diverging_inner_solve_is_never_applied_and_stops_the_run_with_the_remedy(dtype):
+    problem = Shrink().to(dtype=dtype)
+    result = fit(problem, num_steps=20, solver=GradientDescent(learning_rate=30.0))
+    assert result.summary["stopped_because"] == (
+        "3 non-finite hypergradients in a row; none was applied (the inner solve: the gradient norm grew ten-billionfold: "
+        "lower the learning rate, or use LBFGS or NewtonCG)"
+    )
+    assert not result.summary["best"] and all(record["skipped"] for record in result.history)
+
+
 class Weighted(Problem):
     """A mixture of two losses with weights on the simplex and a temperature in a box."""
 
@@ -214,7 +227,9 @@ def test_minibatches_reach_the_neighbourhood_of_the_optimum():
         ({"inner_loss": lambda self, p, h, b: h["penalty"] * p["w"] ** 2}, r"inner_loss was expected to return a scalar.*\(4,\)"),
         ({"inner_loss": lambda self, p, h, b: (p["w"].sum() * h["penalty"]) / 0.0}, "inner_loss is nan at the starting point"),
         ({"outer_loss": lambda self, p, h, b: p["w"]}, "outer_loss was expected to return a scalar"),
-        ({"outer_loss": lambda self, p, h, b: p["w"].sum() * 0.0}, "whole hypergradient of 'penalty' is exactly zero"),
+        ({"outer_loss": lambda self, p, h, b: torch.tensor(1.0)}, "'penalty' is used nowhere on the way to the outer loss"),
+        ({"inner_loss": lambda self, p, h, b: p["w"].detach().sum() * h["penalty"]}, "inner_loss was expected to depend on params"),
+        ({"metrics": lambda self, p, h: {"w": p["w"]}}, "metrics was expected to return numbers, but 'w' is a Tensor"),
     ],
 )  # fmt: skip
 def test_bad_problems_get_one_sentence(change, message):
@@ -260,14 +275,69 @@ def test_trainer_refuses_numbers_that_make_no_sense(name):
         Trainer(**{name: 0})
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "Adam", "AdamW", "RMSprop", "Rprop", "Adagrad", "NAdam", "LBFGS"])
-def test_any_torch_optimiser_serves_and_its_state_survives_a_checkpoint(optimizer, tmp_path):
-    """Half of the steps, a saved state, the other half: bitwise what all the steps give."""
-    from bilevel.trainer.checkpoint import load_checkpoint, save_checkpoint
+@pytest.mark.parametrize(
+    "method", [Implicit(linear_solver=GMRES()), OneStep(), Unrolled()], ids=lambda m: type(m).__name__
+)
+def test_a_hypergradient_that_is_rightly_zero_is_told_and_no_reason_to_stop(method):
+    """A lasso whose solution is zero does not react to its penalty, and a run may begin there."""
 
-    make = getattr(torch.optim, optimizer)
-    factory = functools.partial(make, lr=0.05, **({"max_iter": 1} if optimizer == "LBFGS" else {}))
-    scheduler = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=8)
+    class Lasso(Shrink):
+        def init_hparams(self):
+            return {"penalty": torch.tensor(20.0)}
+
+        def inner_loss(self, params, hparams, batch):
+            return (params["w"] - self.target).square().sum() / 2
+
+    solver = ProximalGradient(proximal=SoftThreshold("penalty"), learning_rate=0.5)
+    with pytest.warns(
+        UserWarning, match="whole hypergradient of 'penalty' is exactly zero.*does not move it yet.*a lasso"
+    ):
+        result = fit(Lasso(), solver=solver, hypergradient=method, num_steps=2)
+    assert result.summary["num_steps"] == 2 and not result.params["w"].any()
+    assert float(result.hparams["penalty"]) == pytest.approx(20.0)
+
+
+def test_a_trainer_and_a_number_of_steps_contradict_each_other():
+    with pytest.raises(UsageError, match=r"both trainer \(with num_steps=50\) and num_steps=7: give"):
+        fit(Shrink(), trainer=Trainer(), num_steps=7)
+
+
+def names_of(module, base):
+    found = (getattr(module, name) for name in dir(module))
+    classes = {one.__name__ for one in found if isinstance(one, type) and issubclass(one, base)}
+    return sorted(name for name in classes - {base.__name__} if not name.startswith("_"))
+
+
+OPTIMIZERS = names_of(torch.optim, torch.optim.Optimizer)
+RATES = {"Adadelta": 50.0, "Adafactor": 0.1, "ASGD": 0.02, "LBFGS": 0.5, "SGD": 0.02}  # the others take 0.05
+REFUSED = {"SparseAdam": "SparseAdam .*dense gradients", "Muon": "outer optimizer cannot be made: Muon .*2D"}
+
+
+def optimizer_factory(name):
+    return functools.partial(getattr(torch.optim, name), lr=RATES.get(name, 0.05))
+
+
+SCHEDULERS = {
+    "ChainedScheduler": lambda o: schedulers.ChainedScheduler([schedulers.ExponentialLR(o, 0.9), schedulers.StepLR(o, 2)]),
+    "ConstantLR": functools.partial(schedulers.ConstantLR, factor=0.5, total_iters=3),
+    "CosineAnnealingLR": functools.partial(schedulers.CosineAnnealingLR, T_max=8),
+    "CosineAnnealingWarmRestarts": functools.partial(schedulers.CosineAnnealingWarmRestarts, T_0=3),
+    "CyclicLR": functools.partial(schedulers.CyclicLR, base_lr=0.01, max_lr=0.1, step_size_up=3, cycle_momentum=False),
+    "ExponentialLR": functools.partial(schedulers.ExponentialLR, gamma=0.8),
+    "LambdaLR": functools.partial(schedulers.LambdaLR, lr_lambda=lambda step: 1 / (1 + step)),
+    "LinearLR": functools.partial(schedulers.LinearLR, total_iters=6),
+    "MultiStepLR": functools.partial(schedulers.MultiStepLR, milestones=[2, 5]),
+    "MultiplicativeLR": functools.partial(schedulers.MultiplicativeLR, lr_lambda=lambda step: 0.9),
+    "OneCycleLR": functools.partial(schedulers.OneCycleLR, max_lr=0.1, total_steps=9),
+    "PolynomialLR": functools.partial(schedulers.PolynomialLR, total_iters=6),
+    "ReduceLROnPlateau": functools.partial(schedulers.ReduceLROnPlateau, patience=0, threshold=0.5, factor=0.5),
+    "SequentialLR": lambda o: schedulers.SequentialLR(o, [schedulers.LinearLR(o), schedulers.StepLR(o, 2)], [3]),
+    "StepLR": functools.partial(schedulers.StepLR, step_size=3),
+}  # fmt: skip
+
+
+def make_all_steps(factory, scheduler, folder):
+    """The records of eight steps at once; that half of them, a checkpoint and the other half are bitwise the same."""
     method = Implicit(linear_solver=ConjugateGradient(rtol=1e-8), warm_start_linear=True)
     trainer = Trainer(num_steps=8)
 
@@ -275,19 +345,66 @@ def test_any_torch_optimiser_serves_and_its_state_survives_a_checkpoint(optimize
         return set_up(Shrink(), GradientDescent(learning_rate=0.05, max_steps=20), method, factory, scheduler)
 
     setup, whole = fresh()
-    for _ in trainer.steps(setup, whole):
-        pass
+    history = list(trainer.steps(setup, whole))
     setup, half = fresh()
     steps = trainer.steps(setup, half)
     for _ in range(4):
         next(steps)
-    save_checkpoint(tmp_path, half.step, half.save())
+    save_checkpoint(folder, half.step, half.save())
     setup, rest = fresh()
-    rest.load(load_checkpoint(tmp_path)[0])
-    for _ in trainer.steps(setup, rest):
-        pass
+    rest.load(load_checkpoint(folder)[0])
+    again = list(trainer.steps(setup, rest))
     assert rest.step == whole.step == 8
     assert torch.equal(rest.raw["penalty"], whole.raw["penalty"]) and torch.equal(rest.params, whole.params)
+    assert [record["learning_rate"] for record in again] == [record["learning_rate"] for record in history[4:]]
+    return history
+
+
+@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name not in REFUSED])
+def test_any_torch_optimiser_lowers_the_loss_and_its_state_survives_a_checkpoint(optimizer, tmp_path):
+    losses = [record["outer_loss"] for record in make_all_steps(optimizer_factory(optimizer), None, tmp_path)]
+    assert losses[-1] < 0.9 * losses[0] and losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("scheduler", names_of(schedulers, schedulers.LRScheduler))
+def test_any_torch_scheduler_changes_the_rate_and_survives_a_checkpoint(scheduler, tmp_path):
+    history = make_all_steps(optimizer_factory("Adam"), SCHEDULERS[scheduler], tmp_path)
+    assert len({record["learning_rate"] for record in history}) > 1
+
+
+def test_a_plateau_is_judged_by_the_outer_loss():
+    calm = functools.partial(schedulers.ReduceLROnPlateau, patience=1, threshold=0.0, factor=0.5)
+    rates = [record["learning_rate"] for record in fit(Shrink(), optimizer=SGD, scheduler=calm, num_steps=6).history]
+    assert rates == [0.1] * 6  # the loss falls
+    strict = functools.partial(schedulers.ReduceLROnPlateau, patience=1, threshold=0.9, factor=0.5)
+    rates = [record["learning_rate"] for record in fit(Shrink(), optimizer=SGD, scheduler=strict, num_steps=6).history]
+    assert rates == [0.1, 0.1, 0.1, 0.05, 0.05, 0.025]
+
+
+def test_lbfgs_makes_one_quasi_newton_step_an_outer_step_whatever_its_max_iter():
+    histories = [
+        fit(Shrink(), optimizer=functools.partial(torch.optim.LBFGS, lr=0.5, max_iter=n), num_steps=12).history
+        for n in (1, 20)
+    ]
+    one, twenty = ([record["hparams.penalty"] for record in history] for history in histories)
+    assert one == twenty and one[-1] == pytest.approx(2.0, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "scheduler", "message"),
+    [
+        *((optimizer_factory(name), None, message) for name, message in REFUSED.items()),
+        (functools.partial(torch.optim.LBFGS, line_search_fn="strong_wolfe"), None, "LBFGS was asked to search along a line"),
+        (functools.partial(torch.optim.SGD, lr=-1.0), None, "outer optimizer cannot be made: Invalid learning rate: -1"),
+        (functools.partial(torch.optim.SGD, lr=0.1, differentiable=True), None, "SGD cannot step on the raw hyper"),
+        (SGD, functools.partial(schedulers.StepLR, steps=3), "outer scheduler cannot be made: .*'steps'"),
+        (SGD, lambda optimizer: type("Odd", (), {"step": lambda self, loss: None})(), "Odd cannot step .*missing 1 required"),
+    ],
+)  # fmt: skip
+def test_optimisers_and_schedulers_that_cannot_serve_are_refused_by_name(optimizer, scheduler, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        fit(Shrink(), optimizer=optimizer, scheduler=scheduler, num_steps=1)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_public_names_are_there_and_lazy():

@@ -1,6 +1,8 @@
 """One job: a composed configuration becomes objects, a run folder, and a run. The only module here that needs torch.
 
-The order matters: everything that can be wrong is built before the folder is made.
+The order matters: everything that a configuration describes is built before the folder is made. What only the problem's
+first step can show (an exception in the user's losses, say) comes later, and takes the folder away again: whatever went
+wrong, there is a folder if and only if a step was recorded in it.
 """
 
 from __future__ import annotations
@@ -58,8 +60,9 @@ def run_job(config: DictConfig) -> float | None:
         The best outer loss, which sweepers minimise; None when no step was made.
 
     Raises:
-        UsageError: something in the configuration is wrong; no folder is left behind.
+        UsageError: something in the configuration is wrong.
         Interrupted: Ctrl-C; its message says how to continue.
+        Exception: whatever the problem's own code or a callback raises. No folder is left behind unless it holds a step.
     """
     plain, hydra = resolve(config), HydraConfig.get()
     settings = Settings.of(plain)
@@ -68,12 +71,14 @@ def run_job(config: DictConfig) -> float | None:
     if settings.resume is not None:
         check_unchanged(read_record(settings.resume), plain, settings.resume)
     parts = assemble(plain, *settings.apply())
-    directory = _open_directory(settings, plain)
+    directory = _open_directory(settings)
     try:
+        if settings.resume is None:
+            _write_record(directory.path, plain)
         summary = run_trainer(parts, plain, directory.path, resume=settings.resume is not None)
     except KeyboardInterrupt as stop:
         raise Interrupted(_after_interruption(directory)) from stop
-    except UsageError:
+    except BaseException:  # also what is no Exception, such as the SystemExit of a problem that gives up
         directory.discard_if_unused()
         raise
     _write_report(directory.path)
@@ -126,7 +131,7 @@ def assemble(config: Mapping[str, Any], device: torch.device, dtype: torch.dtype
     problem = build(config["problem"], "problem").to(device=device, dtype=dtype)
     optimizer = _factory(config["outer_optimizer"], "outer_optimizer")
     scheduler = _factory(config.get("outer_scheduler"), "outer_scheduler")
-    _try(optimizer, scheduler)
+    _try(optimizer, scheduler, device)
     return Parts(
         problem=problem,
         solver=build(config["solver"], "solver"),
@@ -144,16 +149,15 @@ def _factory(node: Mapping[str, Any] | None, where: str) -> Any:
     return None if node is None else build({**node, "_partial_": True}, where)
 
 
-def _try(optimizer: Callable[..., Any], scheduler: Callable[..., Any] | None) -> None:
-    """Makes both once on a tensor of no meaning, so that a learning rate of -1 is refused before a folder is made."""
-    where = "outer_optimizer"
+def _try(optimizer: Callable[..., Any], scheduler: Callable[..., Any] | None, device: torch.device) -> None:
+    """Steps once on a tensor of no meaning, so that what torch refuses is said before a folder is made."""
+    from bilevel.trainer.optimizer import OuterOptimizer
+
     try:
-        made = optimizer([torch.zeros(1, requires_grad=True)])
-        where = "outer_scheduler"
-        if scheduler is not None:
-            scheduler(made)
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{where} cannot be built: {' '.join(str(error).split())}.") from error
+        OuterOptimizer.of(optimizer, scheduler, [torch.zeros(1, device=device)])
+    except (KeyError, AssertionError) as error:  # so torch refuses last_epoch without a history, capturable on a CPU
+        reason = " ".join(str(error.args[0]).split()).rstrip(".") if error.args else type(error).__name__
+        raise UsageError(f"outer_optimizer or outer_scheduler cannot be used: {reason}.") from error
 
 
 def _trackers(nodes: Mapping[str, Any]) -> list[Any]:
@@ -166,20 +170,23 @@ def _callbacks(nodes: Mapping[str, Any]) -> list[Any]:
     return [build(node, f"callbacks.{name}") for name, node in nodes.items() if node is not None]
 
 
-def _open_directory(settings: Settings, config: Mapping[str, Any]) -> RunDirectory:
+def _open_directory(settings: Settings) -> RunDirectory:
     hydra = HydraConfig.get()
     if settings.resume is not None:
         return RunDirectory(Path(settings.resume).expanduser())
     if hydra.mode == RunMode.MULTIRUN:
-        directory = sweep_job_directory(hydra.runtime.output_dir)
-    else:
-        directory = new_run_directory(settings.output_dir, settings.name)
+        return sweep_job_directory(hydra.runtime.output_dir)
+    return new_run_directory(settings.output_dir, settings.name)
+
+
+def _write_record(path: Path, config: Mapping[str, Any]) -> None:
+    """Writes the command and its configuration into a new folder, for people and for `resume=DIR`."""
+    hydra = HydraConfig.get()
     searched = [text for text in hydra.overrides.hydra if text.startswith("hydra.searchpath=")]
     extra = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
     overrides = OmegaConf.to_container(hydra.overrides.task)
     assert isinstance(overrides, list)
-    write_record(directory.path, config, [*searched, *overrides], Path(extra[0]) if extra else None)
-    return directory
+    write_record(path, config, [*searched, *overrides], Path(extra[0]) if extra else None)
 
 
 def _after_interruption(directory: RunDirectory) -> str:

@@ -15,8 +15,8 @@ from hydra.errors import HydraException
 
 from bilevel.cli.arguments import Arguments
 from bilevel.cli.directories import Record, read_record
-from bilevel.cli.values import leaves
 from bilevel.errors import UsageError
+from bilevel.jsonable import flatten
 
 _MAY_CHANGE = re.compile(r"trainer\.num_steps|tracking(\..*)?|resume")
 _RESUME = re.compile(r"\+{0,2}resume=")
@@ -57,7 +57,7 @@ def check_unchanged(record: Record, config: Mapping[str, Any], folder: str) -> N
     Raises:
         UsageError: a key other than trainer.num_steps, tracking.* and resume differs; the difference is shown.
     """
-    before, now = leaves(record.config), leaves(dict(config))
+    before, now = dict(flatten(record.config)), dict(flatten(config))
     changed = [
         f"{key} was {before.get(key, _ABSENT)!r} and is now {now.get(key, _ABSENT)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -87,4 +87,4 @@ def _key(text: str) -> str:
 
 
 def _same(before: Any, now: Any) -> bool:
-    return bool(before == now and type(before) is type(now)) or (before != before and now != now)  # NaN is like NaN
+    return repr(before) == repr(now)  # inside lists too: 1 is not 1.0, and NaN is like NaN

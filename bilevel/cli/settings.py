@@ -82,17 +82,14 @@ class Settings:
         Raises:
             UsageError: the device is not there.
         """
-        import random
-
-        import numpy as np
         import torch
+
+        from bilevel.rng import seed_everything
 
         device, dtype = self._device(), getattr(torch, self.dtype)
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        random.seed(self.seed)
-        np.random.seed(self.seed)
-        torch.manual_seed(self.seed)
+        seed_everything(self.seed)
         torch.set_default_dtype(dtype)
         return device, dtype
 

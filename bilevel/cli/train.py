@@ -6,12 +6,14 @@ print about a mistake is said before, in one sentence.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bilevel.cli.arguments import Arguments, read_arguments
@@ -114,6 +116,10 @@ def _task(outcome: _Outcome) -> Callable[[DictConfig], Any]:
             outcome.failures.append(failure)
             if HydraConfig.get().mode != RunMode.MULTIRUN:
                 return None
+            with contextlib.suppress(
+                OSError
+            ):  # the job's folder, which Hydra makes before the job: only if it is empty
+                Path(HydraConfig.get().runtime.output_dir).rmdir()
             if isinstance(failure, UsageError):
                 say(f"job {HydraConfig.get().job.num}: {failure}")
             else:

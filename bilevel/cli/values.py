@@ -54,23 +54,6 @@ def dotted(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from dotted(value, f"{prefix}{key}.")
 
 
-def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """The tree as one flat dict; lists are taken apart by number, and empty branches are leaves.
-
-    Example:
-        >>> leaves({"a": {"b": [1, 2]}, "c": {}})
-        {'a.b.0': 1, 'a.b.1': 2, 'c': {}}
-    """
-    items: list[tuple[str, Any]]
-    if isinstance(tree, Mapping) and tree:
-        items = [(str(key), value) for key, value in tree.items()]
-    elif isinstance(tree, list) and tree:
-        items = [(str(number), value) for number, value in enumerate(tree)]
-    else:
-        return {prefix.rstrip("."): tree}
-    return {key: leaf for name, value in items for key, leaf in leaves(value, f"{prefix}{name}.").items()}
-
-
 def find(tree: Any, key: str) -> Any:
     """The value under a dotted key.
 

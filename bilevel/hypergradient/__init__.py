@@ -1,5 +1,6 @@
 """Hypergradient methods: one file a method, all with the contract of `method.py`."""
 
+from bilevel.hypergradient.evaluate import Evaluation, default_solver, hypergradient_at
 from bilevel.hypergradient.finite_difference import FiniteDifference
 from bilevel.hypergradient.forward import ForwardMode
 from bilevel.hypergradient.implicit import Implicit
@@ -9,6 +10,7 @@ from bilevel.hypergradient.paths import check_not_all_zero, check_paths, find_pa
 from bilevel.hypergradient.unrolled import Unrolled
 
 __all__ = [
+    "Evaluation",
     "FiniteDifference",
     "ForwardMode",
     "Hypergradient",
@@ -18,5 +20,7 @@ __all__ = [
     "Unrolled",
     "check_not_all_zero",
     "check_paths",
+    "default_solver",
     "find_paths",
+    "hypergradient_at",
 ]

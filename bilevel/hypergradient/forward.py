@@ -24,6 +24,7 @@ from bilevel.hypergradient.method import (
 )
 from bilevel.receipt import Receipt
 from bilevel.solvers import InnerResult, InnerSolver
+from bilevel.solvers.loop import verdict
 from bilevel.solvers.solver import State, split_state
 from bilevel.tree import Layout, TensorDict, detach
 
@@ -75,7 +76,7 @@ class ForwardMode(HypergradientMethod):
             return split_state(solver.init(z, objective, h))
 
         floats, state_tangents, others = _push(begin, (x, at), (tangents, basis))
-        result, number = InnerResult.max_steps, 0
+        result, number, first = None, 0, None
         for number in range(1, solver.max_steps + 1):
             objective = problem.objective(batches.inner(number - 1))
 
@@ -87,13 +88,12 @@ class ForwardMode(HypergradientMethod):
             (new_x, new_floats), (new_tangents, new_state_tangents), rest = _push(
                 partial(step, others=others, loss=objective), (x, floats, at), (tangents, state_tangents, basis)
             )
-            if not bool(rest["stationarity"].isfinite().all()):
-                result = InnerResult.nonfinite
-                break
-            x, tangents, state_tangents = new_x, new_tangents, new_state_tangents
-            floats, others = new_floats, rest
-            if bool(solver.done(others).all()):
-                result = InnerResult.converged
+            first = rest if first is None else first
+            result = verdict(solver, rest, first)
+            if result is not InnerResult.nonfinite:
+                x, tangents, state_tangents = new_x, new_tangents, new_state_tangents
+                floats, others = new_floats, rest
+            if result is not None:
                 break
         outer, by_params, direct = outer_gradients(problem, x, at, batches)
         total = layout.ravel(direct) + tangents.flatten(1) @ by_params.flatten()
@@ -102,7 +102,7 @@ class ForwardMode(HypergradientMethod):
             inner_steps=number,
             inner_gradients=int(others["num_gradients"]),
             inner_products=number * layout.size,
-            inner_result=result.name,
+            inner_result=(result or InnerResult.max_steps).name,
         )
         value = inner_value(problem, x, at, batches)
         return Hypergradient(layout.unravel(total), x.detach(), {}, receipt, outer, value)

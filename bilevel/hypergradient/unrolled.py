@@ -139,7 +139,7 @@ class Unrolled(HypergradientMethod):
                 kept.append((offset + made, part.num_steps, x, state))
                 x, state, made = part.params, part.state, made + part.num_steps
                 inner = part
-                if part.num_steps < length or part.result.name in ("converged", "nonfinite"):
+                if part.result is not InnerResult.max_steps:
                     break
         assert inner is not None
         outer, by_params, gradient = outer_gradients(problem, x, at, batches)

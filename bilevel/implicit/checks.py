@@ -1,4 +1,4 @@
-"""What would be wrong in silence and is refused instead: captured tensors, nested forward mode."""
+"""What would be wrong in silence and is refused instead: tensors that `optimality` captures."""
 
 from __future__ import annotations
 
@@ -6,44 +6,53 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch  # no public way tells which transforms a tensor is under
+from torch._C import _functorch as functorch  # no public way tells which transforms a tensor is under ...
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter  # ... or looks below the innermost
 from torch.autograd import forward_ad
 
 from bilevel.errors import UsageError
 from bilevel.implicit.linear import Optimality
 
 
-def _levels(tensors: Sequence[Tensor]) -> set[int]:
-    """The levels of `torch.func` transforms that the tensors are wrapped for."""
-    levels = set()
-    for tensor in tensors:
-        while functorch.is_functorch_wrapped_tensor(tensor):
-            levels.add(functorch.maybe_get_level(tensor))
-            tensor = functorch.get_unwrapped(tensor)
-    return levels
+def plain(tensor: Tensor) -> Tensor:
+    """The values alone, outside every `torch.func` transform: no derivative, and of a batch under vmap its first element."""
+    dims = []
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            dims.append(functorch.maybe_get_bdim(tensor))
+        tensor = functorch.get_unwrapped(tensor)
+    tensor = tensor.detach()
+    for dim in reversed(dims):  # the innermost wrapper's dimension counts among those of the tensor that is stored
+        tensor = tensor.select(dim, 0)
+    return tensor
 
 
-def transform_levels(tensors: Sequence[Tensor], kind: str) -> int:
-    """How many active transforms of a kind ("Jvp", "Grad", "Vmap") the tensors are under."""
-    levels = _levels(tensors)
-    stack = functorch.get_interpreter_stack() or []
-    return sum(1 for interpreter in stack if interpreter.key().name == kind and interpreter.level() in levels)
+def is_tracked(tensor: Tensor) -> bool:
+    """Whether the graph, a tangent or the batch of any active transform, not the innermost alone, is on a tensor."""
+    if functorch.is_batchedtensor(tensor) or tensor.requires_grad:
+        return True
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+        return True
+    if functorch.peek_interpreter_stack() is None:
+        return False
+    interpreter = retrieve_current_functorch_interpreter()
+    inner = functorch.get_unwrapped(tensor) if functorch.maybe_get_level(tensor) == interpreter.level() else tensor
+    with interpreter.lower():
+        return is_tracked(inner)
 
 
-def check_captured(residual: Optimality, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """Evaluate `F` once with everything detached; whatever still carries a derivative was captured.
+def check_captured(residual: Optimality, x: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Evaluate `F` once on plain values of everything it is given; whatever a transform still acts on was captured.
 
     Raises:
         UsageError: `optimality` uses a tensor that is not among its arguments and would get a silent zero.
     """
-    detached = [tensor.detach() for tensor in tensors]
+    values = [plain(tensor) for tensor in (x, *tensors)]
     with torch.enable_grad():
-        value = residual(x.detach(), *detached)
-    outside = _levels([value]) - _levels([x, *detached])
-    tangent = forward_ad.unpack_dual(value).tangent if forward_ad._current_level >= 0 else None
-    if value.requires_grad or tangent is not None or outside:
+        captured = is_tracked(residual(*values))
+    if captured:
         raise UsageError(
-            "optimality uses a tensor that carries a derivative but is not among its arguments (a closure or a module's "
-            "parameters), so its derivative would be a silent zero: pass it as an argument, or detach it."
+            "optimality uses a tensor that carries a derivative (or a vmap's batch) but is not among its arguments (a "
+            "closure or a module's parameters), so its derivative would be a silent zero: pass it as an argument, or "
+            "detach it."
         )
-    return value

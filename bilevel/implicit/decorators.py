@@ -11,25 +11,20 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map  # the pytree that torch.func itself uses
 
 from bilevel.errors import UsageError
-from bilevel.implicit.checks import check_captured, transform_levels
+from bilevel.implicit.checks import check_captured, is_tracked
 from bilevel.implicit.linear import ImplicitFunction
-from bilevel.implicit.root import Arguments, FlatRoot, Structure, flat_optimality
+from bilevel.implicit.root import Arguments, FlatRoot, Structure, flat_optimality, is_tensor
 from bilevel.linalg import (
     GMRES,
     NO_TAGS,
     SYMMETRIC,
     ConjugateGradient,
-    DenseCholesky,
-    DenseLU,
     JacobianOperator,
     LinearSolver,
     ProductOperator,
     Tag,
     lanczos,
 )
-
-# Each Newton correction from the detached solution doubles the order (plus one) to which derivatives are right: 1, 3, 7.
-NUM_CORRECTIONS = 3
 
 
 @dataclass(frozen=True)
@@ -54,8 +49,7 @@ class ImplicitSolver:
     """A solver with the implicit function theorem's derivatives: call it as the solver.
 
     Supports reverse and forward mode, `torch.vmap`, `torch.func.jacrev` / `jacfwd` / `hessian` and derivatives of
-    derivatives. Forward mode nested in forward mode is computed through native operations where the linear solver is
-    dense, and refused where it is iterative (torch would return zero for it in silence).
+    derivatives in any nesting of the two modes, with any linear solver.
     """
 
     optimality: Callable[..., Any]
@@ -67,44 +61,31 @@ class ImplicitSolver:
         """The solution for these arguments; keyword arguments go to the solver alone and get no derivative.
 
         Raises:
-            UsageError: a keyword argument requires a derivative, `optimality` captures a tensor that does, shapes do not
-                fit, or forward mode is nested with an iterative linear solver.
+            UsageError: a keyword argument carries a derivative, `optimality` captures a tensor that does, or shapes do
+                not fit.
             SolveError: (on differentiation) the linear system is singular or was not solved.
         """
         _refuse_derivatives(kwargs)
         arguments = Arguments.of(args)
-        structure: list[Structure] = []
+        found: list[tuple[Structure, Tensor]] = []
 
         def find(*tensors: Tensor) -> Tensor:
             solution = _as_tensors(self.find(*arguments.rebuild([t.detach() for t in tensors]), **kwargs), tensors)
-            structure[:] = [Structure.of(solution)]
-            return structure[0].ravel(solution)
+            structure = Structure.of(solution)
+            vector = structure.ravel(solution)
+            if not found:  # under vmap this is called for each element: the first one stands for all
+                found.append((structure, vector))
+            return vector
 
         def residual(x: Tensor, *tensors: Tensor) -> Tensor:
-            return flat_optimality(self.optimality, structure[0], arguments)(x, *tensors)
+            return flat_optimality(self.optimality, found[0][0], arguments)(x, *tensors)
 
-        root = FlatRoot(residual, find, self.solver, self.tags)
-        tensors = arguments.tensors
-        if transform_levels(tensors, "Jvp") > 1:
-            x = self._corrected(root, tensors)
-        else:
-            x = ImplicitFunction.apply(root, *tensors)
-            check_captured(residual, x, tensors)
-        return structure[0].unravel(x)
-
-    def _corrected(self, root: FlatRoot, tensors: list[Tensor]) -> Tensor:
-        """Newton corrections `x - A^-1 F(x, θ)` from the detached solution, in operations torch differentiates itself."""
-        if not isinstance(self.solver, DenseLU | DenseCholesky):
-            raise UsageError(
-                f"forward mode nested in forward mode needs a dense linear solver, but got {type(self.solver).__name__}, "
-                "for which torch returns zero in silence: pass solver=DenseLU(), or use jacrev for one of the two."
-            )
-        x = ImplicitFunction.apply(root, *(t.detach() for t in tensors)).detach()
-        check_captured(root.residual, x, tensors)
-        for _ in range(NUM_CORRECTIONS):
-            jacobian = torch.func.jacrev(root.residual)(x, *tensors)
-            x = x - torch.linalg.solve(jacobian, root.residual(x, *tensors))
-        return x
+        try:
+            x = ImplicitFunction.apply(FlatRoot(residual, find, self.solver, self.tags), *arguments.tensors)
+        finally:  # forward mode pushes tangents on at once, and torch has no sentence for a captured tensor it meets there
+            if found:
+                check_captured(residual, found[0][1], arguments.tensors)
+        return found[0][0].unravel(x)
 
     def report(self, *args: Any, num_steps: int = 30, **kwargs: Any) -> ImplicitReport:
         """The theorem's conditions at the solution for these arguments, by `2 num_steps` products at most."""
@@ -125,10 +106,11 @@ class ImplicitSolver:
 
 def _refuse_derivatives(kwargs: dict[str, Any]) -> None:
     for name, value in kwargs.items():
-        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_flatten(value)[0]):
+        if any(is_tensor(leaf) and is_tracked(leaf) for leaf in tree_flatten(value)[0]):
             raise UsageError(
-                f"keyword argument '{name}' requires a derivative, but keyword arguments go to the solver alone and a "
-                "solution does not depend on where its solver started: pass it by position if optimality takes it."
+                f"keyword argument '{name}' carries a derivative (or a vmap's batch), but keyword arguments go to the "
+                "solver alone and a solution does not depend on where its solver started: pass it by position if "
+                "optimality takes it, or make it inside the solver."
             )
 
 

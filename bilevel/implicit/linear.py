@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from bilevel.linalg import JacobianOperator, LinearSolver, Tag
+from bilevel.result import Result
 
 Optimality = Callable[..., Tensor]  # (x, *tensors) -> F, both (*batch, n), row by row independent
 
@@ -73,8 +75,11 @@ class ImplicitFunction(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Tensor:
         """The JVP of the module's docstring."""
-        x, *tensors = ctx.saved_tensors
-        return jvp_of_root(ctx.root, x, tensors, tangents)
+        # torch calls this with forward mode off for every level, which loses the tangents of outer levels in silence
+        # (pytorch#197867). It is switched on again; only the level whose tangents these are must not act here.
+        with forward_ad._set_fwd_grad_enabled(True):
+            x, *tensors = (forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors)
+            return jvp_of_root(ctx.root, x, tensors, tangents)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], root: Root, *tensors: Tensor) -> tuple[Tensor, int]:
@@ -175,6 +180,9 @@ class LinearRoot(Root):
         if self.transposed:
             state = self.solver.transpose(state)
         solution = self.solver.compute(state, rhs.contiguous())
+        # The system is square: where the best answer is a least-squares solution, there is no derivative.
+        inexact = solution.result == Result.least_squares.code
+        solution = replace(solution, result=torch.where(inexact, Result.singular.code, solution.result))
         solution.raise_if_failed(f"implicit differentiation: {type(self.solver).__name__}")
         return solution.value
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten  # the pytree that torch.func itself uses
 
 from bilevel.errors import UsageError
+from bilevel.implicit.checks import check_captured
 from bilevel.implicit.linear import LinearRoot, Optimality, Root, jvp_of_root, vjp_of_root
 from bilevel.linalg import NO_TAGS, LinearSolver, Tag
 
@@ -154,6 +155,7 @@ def _flat_root(
     structure, arguments = Structure.of(solution), Arguments.of(args)
     x = structure.ravel(solution)
     root = FlatRoot(flat_optimality(optimality, structure, arguments), lambda *_: x, solver, tags)
+    check_captured(root.residual, x, arguments.tensors)
     return root, structure, arguments, x
 
 
@@ -167,6 +169,10 @@ def root_vjp(
 ) -> tuple[Any, ...]:
     r"""Pull a cotangent of the solution back to the arguments: `-(∂F/∂θ)^T (∂F/∂x)^{-T} cotangent`.
 
+    The result can be differentiated again, in any nesting of the two modes: it is a function of `solution`, `args` and
+    `cotangent`, and `solution` moves with the arguments only if it carries that derivative itself (a closed form, or the
+    output of `implicit_root`). A detached solution is a constant, and gives the formula's partial derivative alone.
+
     Args:
         optimality: `F(x, *args)`, with the structure and shapes of `x`.
         solution: `x*`, a tensor or a nest of tensors with `F(x*, *args) = 0`.
@@ -179,6 +185,7 @@ def root_vjp(
         A cotangent for each argument, with None for what is not a floating-point tensor.
 
     Raises:
+        UsageError: `optimality` captures a tensor that carries a derivative, or shapes do not fit.
         SolveError: the linear system was not solved; the sentence says why (singular, stagnated, ...).
 
     Example:
@@ -205,6 +212,8 @@ def root_jvp(
 ) -> Any:
     r"""Push tangents of the arguments forward to the solution: `-(∂F/∂x)^{-1} (∂F/∂θ) tangents`.
 
+    It can be differentiated again like `root_vjp`: `solution` moves with the arguments only if it carries that itself.
+
     Args:
         optimality: `F(x, *args)`, with the structure and shapes of `x`.
         solution: `x*`, a tensor or a nest of tensors.
@@ -217,6 +226,7 @@ def root_jvp(
         The tangent of the solution, with its structure.
 
     Raises:
+        UsageError: `optimality` captures a tensor that carries a derivative, or shapes do not fit.
         SolveError: the linear system was not solved.
 
     Example:

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from bilevel.constraints import Constraint, Positive
 from bilevel.data import Minibatches, load_digits
-from bilevel.errors import UsageError
+from bilevel.errors import UsageError, nearest
 from bilevel.problem import Problem
 from bilevel.rng import generator, normal
 
@@ -86,7 +86,8 @@ class DigitsSoftmax(_Digits):
         """Load the data; see the class."""
         super().__init__(start, batch_size, split_seed)
         if penalty not in SHAPES:
-            raise UsageError(f"problem.penalty must be one of {', '.join(SHAPES)}, but is '{penalty}'.")
+            hint = nearest(str(penalty), SHAPES, "choose one of them.")
+            raise UsageError(f"problem.penalty must be one of {', '.join(SHAPES)}, but is '{penalty}': {hint}")
         self.penalty_shape = SHAPES[penalty]
 
     def init_hparams(self) -> dict[str, Tensor]:
@@ -108,7 +109,7 @@ class DigitsSoftmax(_Digits):
 
 
 class DigitsMLP(_Digits):
-    r"""A smooth multilayer perceptron 64 - hidden - ... - 10 with one weight decay for each parameter of each weight matrix.
+    r"""A smooth multilayer perceptron 64 - hidden - ... - 10 with one weight decay for each parameter, biases included.
 
     Args:
         hidden: widths of the hidden layers.
@@ -134,10 +135,10 @@ class DigitsMLP(_Digits):
         self.init_seed = init_seed
 
     def init_hparams(self) -> dict[str, Tensor]:
-        """A penalty for every weight, named by its layer."""
+        """A penalty for every parameter, under its name."""
         return {
-            f"penalty.layer{index}": self.x.new_full((after, before), self.start_penalty)
-            for index, (before, after) in enumerate(pairwise(self.widths))
+            f"penalty.{name}": torch.full_like(value, self.start_penalty)
+            for name, value in self.init_params({}).items()
         }
 
     def init_params(self, hparams: Tensors) -> dict[str, Tensor]:
@@ -158,13 +159,6 @@ class DigitsMLP(_Digits):
         return x
 
     def penalty(self, params: Tensors, hparams: Tensors) -> Tensor:
-        """`Σ λ w² / 2` over the weight matrices, plus a trace on the biases that keeps the minimiser unique."""
-        terms = [
-            (hparams[f"penalty.layer{index}"] * params[f"layer{index}.weight"].square()).sum()
-            + BIAS_PENALTY * params[f"layer{index}.bias"].square().sum()
-            for index in range(len(self.widths) - 1)
-        ]
+        """`Σ λ w² / 2` over weights and biases; positive ones, so that the biases' common shift has a best value, too."""
+        terms = [(hparams[f"penalty.{name}"] * value.square()).sum() for name, value in params.items()]
         return 0.5 * torch.stack(terms).sum()
-
-
-BIAS_PENALTY = 1e-4

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from bilevel.jsonable import flatten
 from bilevel.report.figures import plates
-from bilevel.report.load import Run, flatten
+from bilevel.report.load import Run
 from bilevel.report.style import DARK, LIGHT, Plate, draw
 from bilevel.tracking.format import baseline_table, duration, number
 

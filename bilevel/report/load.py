@@ -149,15 +149,6 @@ def load_sweep(directory: Path) -> tuple[Path, list[Run]]:
     return directory, runs
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of nested dicts with dotted keys; lists are leaves."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def _runs_below(directory: Path, depth: int) -> Iterator[Path]:
     for child in directory.iterdir():
         if not child.is_dir() or child.is_symlink():
@@ -187,7 +178,7 @@ def _parse_json(path: Path) -> dict[str, Any]:
 
 def _parse_yaml(text: str) -> dict[str, Any]:
     """The config as a dict; empty when it cannot be read, for the page shows the text anyway."""
-    import yaml  # type: ignore[import-untyped]  # it comes with OmegaConf, its stubs do not
+    import yaml  # type: ignore[import-untyped]  # PyYAML ships no types
 
     try:
         value = yaml.safe_load(text)

@@ -15,8 +15,9 @@ import numpy
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from bilevel.jsonable import flatten
 from bilevel.report.html import figure_html, header, table, write_page
-from bilevel.report.load import Run, flatten
+from bilevel.report.load import Run
 from bilevel.report.style import Plate, Theme, blank, log_axis
 from bilevel.tracking.format import duration, number
 

@@ -13,6 +13,8 @@ from bilevel.errors import UsageError
 from bilevel.solvers.objective import Hparams, Objective
 from bilevel.solvers.solver import InnerSolver, State
 
+GROWTH = 1e10  # of the gradient norm, from its first value or from one; nothing that has been there is of use
+
 LossAt = Callable[[int], Objective]  # inner step -> the objective on that step's batch
 
 
@@ -22,7 +24,13 @@ class InnerResult(Enum):
     converged = "every system is stationary to the solver's atol"
     max_steps = "max_steps were made before every system was stationary to atol"
     stagnated = "no step lowers the loss any more in this precision: use float64 or a looser atol"
+    diverged = "the gradient norm grew ten-billionfold: lower the learning rate, or use LBFGS or NewtonCG"
     nonfinite = "a non-finite gradient appeared: lower the learning rate, or check the loss"
+
+    @property
+    def usable(self) -> bool:
+        """Whether the iterate is worth a hypergradient."""
+        return self not in (InnerResult.diverged, InnerResult.nonfinite)
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,16 @@ class InnerSolution:
     num_mv: int
 
 
+def verdict(solver: InnerSolver, state: State, first: State) -> InnerResult | None:
+    """Whether the loop ends at this state, and how; `first` is the state after the first step."""
+    stationarity = state["stationarity"]
+    if not bool((stationarity <= GROWTH * first["stationarity"].clamp(min=1.0)).all()):
+        return InnerResult.diverged if bool(stationarity.isfinite().all()) else InnerResult.nonfinite
+    if bool(solver.done(state).all()):
+        return InnerResult.converged
+    return InnerResult.stagnated if bool(state.get("stuck", False)) else None
+
+
 def run(
     solver: InnerSolver,
     loss: Objective | LossAt,
@@ -57,7 +75,7 @@ def run(
     state: State | None = None,
     max_steps: int | None = None,
 ) -> InnerSolution:
-    """Step until every system is stationary, a gradient is not finite, or the steps are used up.
+    """Step until every system is stationary, the iteration diverges, or the steps are used up.
 
     Recorded for a derivative when gradients are enabled; otherwise under `torch.no_grad()`.
 
@@ -86,23 +104,19 @@ def run(
     at = (lambda _: loss) if isinstance(loss, Objective) else loss
     limit = solver.max_steps if max_steps is None else max_steps
     state = solver.init(params, at(0), hparams) if state is None else state
-    result, number = InnerResult.max_steps, 0
+    result, number, first = None, 0, None
     for number in range(1, limit + 1):
         new_params, new_state = solver.step(params, state, at(number - 1), hparams)
-        if not bool(new_state["stationarity"].isfinite().all()):
-            result = InnerResult.nonfinite
-            break
-        params, state = new_params, new_state
-        if bool(solver.done(state).all()):
-            result = InnerResult.converged
-            break
-        if bool(state.get("stuck", False)):
-            result = InnerResult.stagnated
+        first = new_state if first is None else first
+        result = verdict(solver, new_state, first)
+        if result is not InnerResult.nonfinite:
+            params, state = new_params, new_state
+        if result is not None:
             break
     return InnerSolution(
         params=params,
         state=state,
-        result=result,
+        result=result or InnerResult.max_steps,
         num_steps=number,
         stationarity=float(state["stationarity"].max()) if limit else torch.nan,
         num_gradients=int(state["num_gradients"]),

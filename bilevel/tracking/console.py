@@ -14,6 +14,7 @@ from rich.text import Text
 from bilevel.errors import UsageError
 from bilevel.tracking.format import BaselineTable, baseline_table, duration, number
 from bilevel.tracking.guard import GuardedTracker
+from bilevel.tracking.troubles import Troubles
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,8 +37,9 @@ _COLUMNS = (
 class ConsoleTracker(GuardedTracker):
     """Show progress: a rich bar on stderr when that is a terminal, else plain lines on stdout.
 
-    At the end it says on stdout how the run went, and prints the summary's baseline, where there is one, as a table
-    with the run's own figures in its last row.
+    A solve that did not succeed is told with the step at which it happened first. At the end stdout says how often that
+    was and how the run went, and shows the summary's baseline, where there is one, as a table with the run's own
+    figures in its last row.
 
     Args:
         num_lines: About how many lines a run prints when there is no terminal, at least 2.
@@ -58,10 +60,12 @@ class ConsoleTracker(GuardedTracker):
         self._num_steps = 0
         self._unprinted: Mapping[str, Any] | None = None
         self._has_header = False
+        self._troubles = Troubles()
 
     def start(self, run: RunStart) -> None:
         """Open the bar, or note where the lines begin."""
         self._num_steps, self._has_header, self._unprinted = run.num_steps, False, None
+        self._troubles = Troubles()
         if sys.stderr.isatty():
             self._progress = _progress_bar()
             title = str(run.config.get("name") or "bilevel")
@@ -79,13 +83,16 @@ class ConsoleTracker(GuardedTracker):
                 self._print_line(record)
             else:
                 self._unprinted = record
+        for sentence in self._troubles.news(record):
+            print(sentence, flush=True)
 
     def end(self, summary: Mapping[str, Any]) -> None:
         """Close the bar, print the verdict and the baseline."""
         self._close_bar()
         if self._unprinted is not None:
             self._print_line(self._unprinted)
-        print(_verdict(summary), flush=True)
+        for line in (*self._troubles.totals(), _verdict(summary)):
+            print(line, flush=True)
         table = baseline_table(summary)
         if table is not None:
             _print_table(table)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from bilevel.errors import UsageError
+from bilevel.jsonable import decode, encode
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from bilevel.trainer.callbacks import RunStart
 
 __all__ = ["JsonlTracker", "read_metrics"]
-
-# JSON has no word for these; JavaScript's Number() and Python's float() both read the strings.
-_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class JsonlTracker:
@@ -118,7 +115,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         except ValueError:
             record = None
         if isinstance(record, dict):
-            records.append({key: _restore(value) for key, value in record.items()})
+            records.append(decode(record))
         elif number < len(lines):
             raise UsageError(
                 f"Expected a JSON object in every line of {path}, but line {number} is {line[:40]!r}; remove that line."
@@ -127,21 +124,4 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
-    return (json.dumps(_strict(dict(record)), allow_nan=False) + "\n").encode()
-
-
-def _strict(value: Any) -> Any:
-    """Replace non-finite floats by their names, at any depth."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, Mapping):
-        return {key: _strict(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
-    return value
-
-
-def _restore(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_restore(item) for item in value]
-    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
+    return (json.dumps(encode(record), allow_nan=False) + "\n").encode()

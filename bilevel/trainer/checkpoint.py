@@ -17,16 +17,11 @@ import json
 import os
 import re
 import shutil
-import struct
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-import torch
-from torch import Tensor
-
 from bilevel.errors import UsageError
+from bilevel.trainer.codec import decode, encode
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
@@ -35,12 +30,6 @@ TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 _TEMPORARY = ".writing-"
 _REPLACED = ".replaced"  # a checkpoint of the same step that is about to be superseded: still readable
 _FOLDER = re.compile(rf"step_(\d{{8,}})({re.escape(_REPLACED)})?")
-
-# safetensors has no name for the other dtypes (complex128 for one); those travel as bytes.
-_NATIVE = {
-    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool),
-    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
-}
 
 
 def save_checkpoint(root: Path, step: int, state: Any, *, keep: int = 3) -> Path:
@@ -62,7 +51,7 @@ def save_checkpoint(root: Path, step: int, state: Any, *, keep: int = 3) -> Path
         OSError: The disk is full or not writable; the previous checkpoints are intact.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = save_checkpoint(Path(folder), 12, {"params": {"w": torch.ones(2)}, "best": float("inf")})
         ...     state, step, skipped = load_checkpoint(Path(folder))
@@ -74,7 +63,7 @@ def save_checkpoint(root: Path, step: int, state: Any, *, keep: int = 3) -> Path
             f"Expected keep >= 1 and step >= 0 for a checkpoint, got keep={keep} and step={step}; keep=3 is the usual."
         )
     root = Path(root)
-    files = _encode(state)
+    files = dict(zip((TENSORS, STATE), encode(state), strict=True))
     files[MANIFEST] = _manifest(step, files)
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -210,7 +199,7 @@ def _read_folder(folder: Path) -> tuple[Any, int]:
             raise _DamagedError(f"{name} has {len(data)} bytes, not the {entry['bytes']} that were written")
         if _digest(data) != entry["sha256"]:
             raise _DamagedError(f"{name} does not have the SHA-256 that its manifest records")
-    return _decode(files), manifest["step"]
+    return decode(files[TENSORS], files[STATE]), manifest["step"]
 
 
 def _read_manifest(raw: bytes) -> dict[str, Any]:
@@ -234,78 +223,3 @@ def _dump(value: Any) -> bytes:
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-# -- codec ------------------------------------------------------------------------------------------------------
-# In state.json a list, None, a bool, a str, a finite float and an int stand for themselves; everything else is an
-# object with one key that says what it is: {"dict": [[key, value], ...]}, {"tuple": [...]}, {"float": eight bytes
-# in hexadecimal}, {"int": hexadecimal} beyond 64 bits, {"tensor": name in tensors.safetensors, ...}.
-
-
-def _encode(state: Any) -> dict[str, bytes]:
-    tensors: dict[str, Tensor] = {}
-    tree = _encode_value(state, "state", tensors)
-    return {TENSORS: safetensors.torch.save(tensors), STATE: _dump(tree)}
-
-
-def _encode_value(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    if value is None or type(value) in (bool, str):
-        return value
-    if type(value) is int:
-        return value if value.bit_length() < 64 else {"int": hex(value)}
-    if isinstance(value, float):
-        finite = value - value == 0.0
-        return float(value) if finite else {"float": struct.pack(">d", value).hex()}
-    if isinstance(value, Tensor):
-        return _encode_tensor(value, path, tensors)
-    if isinstance(value, Mapping):
-        if any(type(key) not in (str, int) for key in value):
-            kinds = sorted({type(key).__name__ for key in value} - {"str", "int"})
-            raise UsageError(f"A checkpoint's dicts have str or int keys, but {path} has keys of type {kinds[0]}.")
-        return {"dict": [[key, _encode_value(item, f"{path}.{key}", tensors)] for key, item in value.items()]}
-    if isinstance(value, list) or type(value) in (tuple, torch.Size):
-        items = [_encode_value(item, f"{path}.{index}", tensors) for index, item in enumerate(value)]
-        return items if isinstance(value, list) else {"tuple": items}
-    raise UsageError(
-        "A checkpoint holds dicts, lists, tuples, tensors, numbers, strings and None, but "
-        f"{path} is a {type(value).__module__}.{type(value).__qualname__}; convert it to one of those."
-    )
-
-
-def _encode_tensor(tensor: Tensor, path: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
-        raise UsageError(f"A checkpoint holds dense tensors with data, but {path} is not one; store its parts instead.")
-    name = path.encode("ascii", "backslashreplace").decode("ascii")
-    while name in tensors:  # keys 1 and "1" of one dict have the same path
-        name += "'"
-    # A private copy: safetensors refuses tensors that share memory, and a view must not drag its whole storage in.
-    dense = tensor.detach().resolve_conj().resolve_neg().to("cpu", copy=True, memory_format=torch.contiguous_format)
-    if dense.dtype in _NATIVE:
-        tensors[name] = dense
-        return {"tensor": name}
-    tensors[name] = dense.reshape(-1).view(torch.uint8)
-    return {"tensor": name, "dtype": str(dense.dtype).removeprefix("torch."), "shape": list(dense.shape)}
-
-
-def _decode(files: dict[str, bytes]) -> Any:
-    # The digests were right, so these bytes are ours: whatever fails from here on is our own mistake.
-    return _decode_value(json.loads(files[STATE]), safetensors.torch.load(files[TENSORS]))
-
-
-def _decode_value(value: Any, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_decode_value(item, tensors) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if "dict" in value:
-        return {key: _decode_value(item, tensors) for key, item in value["dict"]}
-    if "tuple" in value:
-        return tuple(_decode_value(item, tensors) for item in value["tuple"])
-    if "float" in value:
-        return struct.unpack(">d", bytes.fromhex(value["float"]))[0]
-    if "int" in value:
-        return int(value["int"], 16)
-    tensor = tensors[value["tensor"]].clone()  # its own, aligned memory instead of a slice of the file's
-    if "dtype" in value:
-        return tensor.view(getattr(torch, value["dtype"])).reshape(value["shape"])
-    return tensor

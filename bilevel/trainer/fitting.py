@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import torch
 
 from bilevel import rng
-from bilevel.hypergradient import HypergradientMethod, Implicit
+from bilevel.errors import UsageError
+from bilevel.hypergradient import HypergradientMethod, Implicit, default_solver
 from bilevel.problem import Problem
-from bilevel.solvers import LBFGS, GradientDescent, InnerSolver
+from bilevel.solvers import InnerSolver
 from bilevel.trainer.callbacks import Callback, RunStart
-from bilevel.trainer.run import summarise
-from bilevel.trainer.state import OptimizerFactory, SchedulerFactory, set_up
+from bilevel.trainer.optimizer import OptimizerFactory, SchedulerFactory
+from bilevel.trainer.setup import set_up
+from bilevel.trainer.summary import summarise
 from bilevel.trainer.trainer import Record, Trainer
 from bilevel.tree import TensorDict
 
@@ -59,7 +62,7 @@ def fit(
             hyperparameters by default.
         scheduler: makes a learning-rate scheduler from it.
         trainer: settings of the loop.
-        num_steps: shorthand for `Trainer(num_steps=...)`.
+        num_steps: shorthand for `Trainer(num_steps=...)`, instead of `trainer`.
         callbacks: called at the start, after each step, at the end.
         seed: seeds the global generators.
 
@@ -81,9 +84,14 @@ def fit(
         >>> round(float(fit(Shrink(), num_steps=60).hparams["penalty"]), 2)
         1.0
     """
+    if trainer is not None and num_steps is not None:
+        raise UsageError(
+            f"fit got both trainer (with num_steps={trainer.num_steps}) and num_steps={num_steps}: give the number of steps "
+            "once, inside Trainer(num_steps=...) or alone."
+        )
+    started = time.perf_counter()
     rng.seed_everything(seed)
-    if solver is None:
-        solver = LBFGS() if problem.inner_batches is None else GradientDescent()
+    solver = solver or default_solver(problem)
     method = hypergradient if hypergradient is not None else Implicit()
     if optimizer is None:
         optimizer = functools.partial(torch.optim.Adam, lr=0.1)
@@ -94,18 +102,11 @@ def fit(
         start = RunStart({}, None, 0, trainer.num_steps, setup.natural(state.raw))
     for callback in callbacks:
         callback.on_start(start)
-    history: list[Record] = []
-    steps = trainer.steps(setup, state)
-    while True:
-        try:
-            record, hparams = next(steps)
-        except StopIteration as end:
-            stopped = end.value
-            break
-        history.append(record)
-        for callback in callbacks:
-            callback.on_step(record, hparams)
-    summary = summarise({}, setup, state, stopped, state.seconds)
+    history = list(trainer.steps(setup, state, callbacks))
+    stopped = trainer.reason_to_stop(state)
+    assert stopped is not None
+    state.wall_seconds = time.perf_counter() - started
+    summary = summarise({}, setup, state, stopped)
     for callback in callbacks:
         callback.on_end(summary)
     return Fit(state.best.hparams, setup.problem.unravel(state.best.params), history, summary)

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import resource
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from bilevel import jsonable
 from bilevel.hypergradient import HypergradientMethod
 from bilevel.problem import Problem
 from bilevel.solvers import InnerSolver
 from bilevel.trainer.callbacks import Callback, RunStart
 from bilevel.trainer.checkpoint import load_checkpoint, save_checkpoint
-from bilevel.trainer.state import OptimizerFactory, SchedulerFactory, Setup, TrainState, set_up
+from bilevel.trainer.optimizer import OptimizerFactory, SchedulerFactory
+from bilevel.trainer.setup import Setup, set_up
+from bilevel.trainer.state import TrainState
+from bilevel.trainer.summary import summarise
 from bilevel.trainer.trainer import Trainer
 from bilevel.tree import detach
 
@@ -41,6 +43,9 @@ def run(
 ) -> dict[str, Any]:
     """Run the outer loop in a directory, from its newest checkpoint when resumed.
 
+    Whatever ends the run, an exception or Ctrl-C in the middle of a step included, its last checkpoint is the state after
+    the latest step that all callbacks have seen, so that a resumed run makes bitwise the rest of the same trajectory.
+
     Args:
         problem: the problem, on its device.
         solver: the inner solver.
@@ -59,46 +64,28 @@ def run(
     Raises:
         UsageError: the parts do not fit each other, or there is no valid checkpoint to resume from.
     """
+    started = time.perf_counter()
     setup, state = set_up(problem, solver, hypergradient, optimizer, scheduler)
-    checkpoints = directory / "checkpoints"
     if resume:
-        _restore(state, checkpoints)
+        _restore(state, directory / "checkpoints")
     with torch.no_grad():
         start = RunStart(config or {}, directory, state.step, trainer.num_steps, setup.natural(state.raw))
     for callback in callbacks:
         callback.on_start(start)
-    started = time.perf_counter()
-    stopped, made_steps = "an error", False
+    log = _Log(directory, setup, state, trainer, callbacks, config or {}, started - state.wall_seconds)
+    log.note()
     try:
-        steps = trainer.steps(setup, state)
-        while True:
-            try:
-                record, hparams = next(steps)
-            except StopIteration as end:
-                stopped = end.value
-                break
-            made_steps = True
-            for callback in callbacks:  # the record first: a checkpoint without its record could not be resumed exactly
-                callback.on_step(record, hparams)
+        for _ in trainer.steps(setup, state, callbacks):
+            log.note()
             if state.step % trainer.checkpoint_every == 0:
-                save_checkpoint(checkpoints, state.step, state.save(), keep=trainer.keep_checkpoints)
-    except KeyboardInterrupt:
-        stopped = "interrupted"
+                log.save()
+    except BaseException as error:
+        log.rewind()
+        log.close("interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}")
         raise
-    except Exception as error:
-        stopped = f"{type(error).__name__}: {error}"
-        raise
-    finally:
-        if made_steps:
-            if stopped != "interrupted" and state.step % trainer.checkpoint_every:
-                save_checkpoint(checkpoints, state.step, state.save(), keep=trainer.keep_checkpoints)
-            _save_hparams(directory, setup, state)
-        summary = summarise(config or {}, setup, state, stopped, time.perf_counter() - started)
-        for callback in callbacks:
-            callback.on_end(summary)
-        if made_steps or resume:
-            _write_json(directory / "summary.json", summary)
-    return summary
+    stopped = trainer.reason_to_stop(state)
+    assert stopped is not None
+    return log.close(stopped)
 
 
 def _restore(state: TrainState, checkpoints: Path) -> None:
@@ -112,71 +99,70 @@ def _restore(state: TrainState, checkpoints: Path) -> None:
     state.load(saved)
 
 
-def summarise(config: dict[str, Any], setup: Setup, state: TrainState, stopped: str, wall: float) -> dict[str, Any]:
-    """The final figures of a run."""
-    best = {"step": state.best.step, "outer_loss": state.best.outer_loss} if state.best.step >= 0 else {}
-    if best:
-        flat = setup.problem
-        metrics = flat.problem.metrics(flat.unravel(state.best.params), state.best.hparams)
-        best.update({f"metrics.{name}": float(value) for name, value in metrics.items()})
-    return {
-        "name": config.get("name", type(setup.problem.problem).__name__),
-        "stopped_because": stopped,
-        "num_steps": state.step,
-        "num_hparams": sum(value.numel() for value in state.best.hparams.values()),
-        "best": best,
-        "final": state.record,
-        "work": dict(state.work),
-        "wall_seconds": wall,
-        "step_seconds": state.seconds,
-        "peak_memory_mib": peak_memory_mib(),
-        "num_threads": torch.get_num_threads(),
-        "device": str(state.params.device),
-        "dtype": str(state.params.dtype).removeprefix("torch."),
-        "versions": versions(),
-    }
+@dataclass
+class _Log:
+    """What a run leaves in its directory, all of it about a state between two steps.
 
+    Attributes:
+        epoch: when the run would have begun, on this process's clock, had it never been stopped.
+        noted: the state after the latest step that every callback has seen.
+        saved: step of the newest checkpoint.
+    """
 
-def peak_memory_mib() -> float:
-    """Largest resident size of this process so far, MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    directory: Path
+    setup: Setup
+    state: TrainState
+    trainer: Trainer
+    callbacks: Sequence[Callback]
+    config: dict[str, Any]
+    epoch: float
 
+    def __post_init__(self) -> None:
+        self.saved = self.state.step
 
-def versions() -> dict[str, str]:
-    """Versions of what a run's numbers depend on."""
-    found = {"python": platform.python_version()}
-    for package in ("bilevel", "torch", "numpy", "hydra-core", "omegaconf", "scikit-learn"):
+    def note(self) -> None:
+        """The state is whole: remember it."""
+        self.state.wall_seconds = time.perf_counter() - self.epoch
+        self.noted = self.state.save()
+
+    def rewind(self) -> None:
+        """Undo a step that was cut short."""
+        self.state.load(self.noted)
+
+    def save(self) -> None:
+        """Write the remembered state as a checkpoint."""
+        checkpoints = self.directory / "checkpoints"
+        save_checkpoint(checkpoints, self.noted["step"], self.noted, keep=self.trainer.keep_checkpoints)
+        self.saved = self.noted["step"]
+
+    def close(self, stopped: str) -> dict[str, Any]:
+        """The last checkpoint, the hyperparameters and the summary, which the callbacks see and may add to."""
+        if self.state.step > self.saved:
+            self.save()
+        if self.state.step > 0:  # also in a resumed run that has nothing left to do: the one before may have died here
+            self._save_hparams()
+        self.state.wall_seconds = time.perf_counter() - self.epoch
+        summary = summarise(self.config, self.setup, self.state, stopped)
         try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+            for callback in self.callbacks:
+                callback.on_end(summary)
+        finally:
+            if self.state.step > 0:
+                _write_json(self.directory / "summary.json", summary)
+        return summary
 
-
-def _save_hparams(directory: Path, setup: Setup, state: TrainState) -> None:
-    """Natural hyperparameters: the best ones, which a user wants, and those that the next step would use."""
-    with torch.no_grad():
-        final = setup.natural(state.raw)
-    for name, values in (("hparams", state.best.hparams), ("hparams_last", final)):
-        tensors = {key: value.detach().cpu().contiguous().clone() for key, value in detach(values).items()}
-        partial = directory / f"{name}.safetensors.tmp"
-        save_file(tensors, partial)
-        os.replace(partial, directory / f"{name}.safetensors")
+    def _save_hparams(self) -> None:
+        """Natural hyperparameters: the best ones, which a user wants, and those that the next step would use."""
+        with torch.no_grad():
+            final = self.setup.natural(self.state.raw)
+        for name, values in (("hparams", self.state.best.hparams), ("hparams_last", final)):
+            tensors = {key: value.detach().cpu().contiguous().clone() for key, value in detach(values).items()}
+            partial = self.directory / f"{name}.safetensors.tmp"
+            save_file(tensors, partial)
+            os.replace(partial, self.directory / f"{name}.safetensors")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(_strict(content), indent=2) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(jsonable.encode(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(partial, path)
-
-
-def _strict(value: Any) -> Any:
-    """NaN and infinities as null: JSON has none."""
-    if isinstance(value, dict):
-        return {str(key): _strict(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(entry) for entry in value]
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        return None
-    return value

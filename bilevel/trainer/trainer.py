@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,10 @@ from torch import Tensor
 from bilevel.errors import UsageError
 from bilevel.flat import StepBatches
 from bilevel.hypergradient import Hypergradient, check_not_all_zero
-from bilevel.trainer.state import Best, Setup, TrainState
+from bilevel.solvers import InnerResult
+from bilevel.trainer.callbacks import Callback
+from bilevel.trainer.setup import Setup
+from bilevel.trainer.state import Best, TrainState
 from bilevel.tree import TensorDict, detach
 
 Record = dict[str, Any]
@@ -53,60 +57,66 @@ class Trainer:
         if self.min_improvement < 0:
             raise UsageError(f"trainer.min_improvement must be at least 0, but is {self.min_improvement}.")
 
-    def steps(self, setup: Setup, state: TrainState) -> Generator[tuple[Record, TensorDict], None, str]:
-        """Make the outer steps one by one, changing the state; yields each step's record and natural hyperparameters.
+    def steps(self, setup: Setup, state: TrainState, callbacks: Sequence[Callback] = ()) -> Iterator[Record]:
+        """Make the outer steps one by one, changing the state; yields each step's record when every callback has seen it.
 
-        A generator so that whoever runs it (a run directory, a notebook) decides what happens between two steps. Its
-        return value says why the loop ended.
+        A generator so that whoever runs it (a run directory, a notebook) decides what happens between two steps. An
+        exception leaves the state in the middle of a step: what `state.save()` returned before that step undoes it.
         """
-        while state.step < self.num_steps:
-            yield self.step(setup, state)
-            if state.num_nonfinite >= self.max_nonfinite:
-                return f"{state.num_nonfinite} non-finite hypergradients in a row; none was applied"
-            if self.patience is not None and state.step - 1 - state.best.step >= self.patience:
-                return f"no better outer loss in {self.patience} steps"
-        return "all steps were made"
+        while self.reason_to_stop(state) is None:
+            record, hparams = self.step(setup, state)
+            for callback in callbacks:
+                callback.on_step(record, hparams)
+            yield record
+
+    def reason_to_stop(self, state: TrainState) -> str | None:
+        """Why no further step is made from this state; None when one is."""
+        if state.num_nonfinite >= self.max_nonfinite:
+            inner = state.record and state.record["receipt.inner_result"]
+            why = f" (the inner solve: {InnerResult[inner].value})" if inner and not InnerResult[inner].usable else ""
+            return f"{state.num_nonfinite} non-finite hypergradients in a row; none was applied{why}"
+        if self.patience is not None and state.step - 1 - state.best.step >= self.patience:
+            return f"no better outer loss in {self.patience} steps"
+        return "all steps were made" if state.step >= self.num_steps else None
 
     def step(self, setup: Setup, state: TrainState) -> tuple[Record, TensorDict]:
-        """One outer step."""
+        """One outer step: its record and the natural hyperparameters that it belongs to."""
         started = time.perf_counter()
         natural = setup.natural(state.raw)
         hparams = detach(natural)
         batches = StepBatches(setup.problem.problem, state.step)
         result = setup.method.compute(setup.problem, setup.solver, state.params, hparams, batches, state.method)
-        finite = is_finite(result)
+        norm = hypergradient_norm(result)
+        finite = is_finite(result) and math.isfinite(norm)
         if finite and state.step == 0:
             check_not_all_zero(result, setup.method)
-        rate = float(state.optimizer.param_groups[0]["lr"])
-        norm = float(torch.cat([part.detach().flatten() for part in result.gradient.values()]).norm())
-        self._count(state, result)
-        if finite:
-            state.num_nonfinite = 0
-            self._keep_best(state, result, hparams)
-            self._update(state, natural, result.gradient, result.outer_loss)
-            state.params, state.method = result.params, result.state
-        else:
-            state.num_nonfinite += 1  # neither the hyperparameters nor the warm starts take anything from this step
-        metrics = setup.problem.problem.metrics(setup.problem.unravel(result.params), hparams) if finite else {}
-        state.step += 1
-        seconds = time.perf_counter() - started
-        state.seconds += seconds
+        metrics = evaluate_metrics(setup, result.params, hparams) if finite else {}
         record: Record = {
-            "step": state.step - 1,
+            "step": state.step,
             "num_steps": self.num_steps,
             "outer_loss": result.outer_loss,
             "inner_loss": result.inner_loss,
             "hypergradient_norm": norm,
-            "learning_rate": rate,
-            "seconds": seconds,
-            "eta_seconds": state.seconds / state.step * (self.num_steps - state.step),
+            "learning_rate": state.outer.learning_rate,
             "skipped": not finite,
             **result.receipt.record(),
-            **{f"metrics.{name}": float(value) for name, value in metrics.items()},
+            **{f"metrics.{name}": value for name, value in metrics.items()},
             **describe_hparams(hparams),
         }
-        state.record = record
-        return record, hparams
+        if finite:
+            self._keep_best(state, result, hparams, metrics)
+            self._update(state, natural, result.gradient, result.outer_loss)
+            state.params, state.method, state.num_nonfinite = result.params, result.state, 0
+        else:  # neither the hyperparameters nor the warm starts take anything from this step
+            state.num_nonfinite += 1
+        for key in state.work:
+            state.work[key] += int(getattr(result.receipt, key))
+        state.step += 1
+        seconds = time.perf_counter() - started
+        state.seconds += seconds
+        eta = state.seconds / state.step * (self.num_steps - state.step)
+        state.record = {**record, "seconds": seconds, "eta_seconds": eta}
+        return state.record, hparams
 
     def _update(
         self, state: TrainState, natural: TensorDict, gradient: Mapping[str, Tensor], outer_loss: float
@@ -120,27 +130,45 @@ class Trainer:
             value.grad = part
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(list(state.raw.values()), self.clip_norm)
-        state.optimizer.step(lambda: outer_loss)  # LBFGS insists on a closure; the gradient is there already
-        state.optimizer.zero_grad(set_to_none=True)
-        if state.scheduler is not None:
-            state.scheduler.step()
+        state.outer.step(outer_loss)
 
-    def _keep_best(self, state: TrainState, result: Hypergradient, hparams: TensorDict) -> None:
+    def _keep_best(
+        self, state: TrainState, result: Hypergradient, hparams: TensorDict, metrics: dict[str, float]
+    ) -> None:
         best = state.best.outer_loss
         margin = self.min_improvement * abs(best) if best != float("inf") else 0.0
         if result.outer_loss < best - margin:
-            state.best = Best(state.step, result.outer_loss, hparams, result.params)
+            state.best = Best(state.step, result.outer_loss, hparams, result.params, metrics)
 
-    @staticmethod
-    def _count(state: TrainState, result: Hypergradient) -> None:
-        for key in state.work:
-            state.work[key] += int(getattr(result.receipt, key))
+
+def evaluate_metrics(setup: Setup, params: Tensor, hparams: TensorDict) -> dict[str, float]:
+    """The problem's own figures.
+
+    Raises:
+        UsageError: one of them is not a single number.
+    """
+    figures: dict[str, float] = {}
+    for name, value in setup.problem.problem.metrics(setup.problem.unravel(params), hparams).items():
+        try:
+            figures[name] = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UsageError(
+                f"metrics was expected to return numbers, but '{name}' is a {type(value).__name__}: take the mean."
+            ) from error
+    return figures
+
+
+def hypergradient_norm(result: Hypergradient) -> float:
+    """Norm over all hyperparameters, in natural units."""
+    return float(torch.cat([part.flatten() for part in result.gradient.values()]).norm())
 
 
 def is_finite(result: Hypergradient) -> bool:
-    """Whether a hypergradient may be applied: the loss, the solution and every entry are finite."""
+    """Whether a hypergradient may be applied: the inner solve did not diverge, loss, solution and entries are finite."""
     parts = [result.params, torch.tensor(result.outer_loss), *result.gradient.values()]
-    return all(bool(part.isfinite().all()) for part in parts)
+    inner = result.receipt.inner_result
+    usable = inner is None or InnerResult[inner].usable
+    return usable and all(bool(part.isfinite().all()) for part in parts)
 
 
 def describe_hparams(hparams: Mapping[str, Tensor]) -> Record:

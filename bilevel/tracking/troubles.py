@@ -1,0 +1,62 @@
+"""What went less than well in a run: each kind of trouble told when it is met first, and counted at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bilevel.tracking.format import number
+
+__all__ = ["Troubles"]
+
+
+class Troubles:
+    """Reads the records of a run for solves that did not succeed and for steps that were not applied.
+
+    Example:
+        >>> troubles = Troubles()
+        >>> for step in range(3):
+        ...     troubles.news({"step": step, "receipt.inner_result": "max_steps", "receipt.stationarity": 0.5})
+        ['step 0: the inner solve ended with max_steps, and the norm of its gradient is 0.5000']
+        []
+        []
+        >>> troubles.totals()
+        ['3 of 3 steps: the inner solve ended with max_steps']
+    """
+
+    def __init__(self) -> None:
+        """Nothing has happened yet."""
+        self._num_steps = 0
+        self._counts: dict[str, int] = {}
+
+    def news(self, record: Mapping[str, Any]) -> list[str]:
+        """Count the troubles of a step; a sentence about each kind that is met for the first time."""
+        self._num_steps += 1
+        said = []
+        for kind, details in _troubles(record):
+            if kind not in self._counts:
+                said.append(f"step {record['step']}: {kind}{details}")
+            self._counts[kind] = self._counts.get(kind, 0) + 1
+        return said
+
+    def totals(self) -> list[str]:
+        """How many steps had each kind of trouble; empty when none had."""
+        return [f"{number(count)} of {number(self._num_steps)} steps: {kind}" for kind, count in self._counts.items()]
+
+
+def _troubles(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The kinds of trouble of one step, each with what is to be said of it once."""
+    from bilevel.result import Result  # here, because torch comes with it and reports read records without
+
+    found = []
+    successes = {None, *(result.name for result in Result if result.successful)}  # inner solvers use the same words
+    linear, inner = record.get("receipt.linear_result"), record.get("receipt.inner_result")
+    if inner not in successes:
+        stationarity = number(record.get("receipt.stationarity"))
+        found.append((f"the inner solve ended with {inner}", f", and the norm of its gradient is {stationarity}"))
+    if linear not in successes:
+        known = Result.__members__.get(str(linear))
+        found.append((f"the linear solve ended with {linear}", f": {known.value}" if known is not None else ""))
+    if record.get("skipped"):
+        found.append(("skipped, for the hypergradient was not finite or the inner solve diverged", ""))
+    return found

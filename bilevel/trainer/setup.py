@@ -1,0 +1,119 @@
+"""From what the user wrote to the state before the first step; whatever cannot work is refused here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bilevel.constraints import Bijections
+from bilevel.errors import UsageError, nearest
+from bilevel.flat import FlatProblem, StepBatches, natural_hparams
+from bilevel.hypergradient import HypergradientMethod, check_paths
+from bilevel.problem import Problem
+from bilevel.solvers import InnerSolver
+from bilevel.trainer.optimizer import OptimizerFactory, OuterOptimizer, SchedulerFactory
+from bilevel.trainer.state import Best, TrainState
+from bilevel.trainer.trial import blaming, try_losses
+from bilevel.tree import TensorDict, detach
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an outer loop works with and that does not change."""
+
+    problem: FlatProblem
+    solver: InnerSolver
+    method: HypergradientMethod
+    bijections: Bijections
+
+    def natural(self, raw: Mapping[str, Tensor]) -> TensorDict:
+        """Natural hyperparameters, differentiable in the raw ones."""
+        return self.bijections.to_natural(raw)
+
+
+def set_up(
+    problem: Problem,
+    solver: InnerSolver,
+    method: HypergradientMethod,
+    optimizer: OptimizerFactory,
+    scheduler: SchedulerFactory | None,
+) -> tuple[Setup, TrainState]:
+    """Look at the problem once, refuse what cannot work, and make the state before the first step.
+
+    Raises:
+        UsageError: a hyperparameter outside its constraint or out of the method's reach, names that collide, functions of
+            the problem that raise, losses that are no scalars or not finite, batches that do not fit the tasks, a solver
+            that cannot serve the method, an optimiser or scheduler that cannot step.
+    """
+    _check_num_tasks(problem)
+    natural = _starting_hparams(problem)
+    bijections = Bijections.of(problem.constraints, list(natural))
+    raw = {name: value.clone().requires_grad_() for name, value in bijections.to_raw(natural).items()}
+    with torch.no_grad():
+        natural = bijections.to_natural(raw)
+    with blaming(problem, "init_params", hparams=natural):
+        flat = FlatProblem.of(problem, natural)
+        with torch.no_grad():
+            params = flat.start(natural).detach()
+    if not params.numel() or not params.is_floating_point():
+        came = f"are {params.dtype}" if params.numel() else "have no entry"
+        raise UsageError(f"{type(problem).__name__}.init_params was expected to return real numbers, but they {came}.")
+    method.check(solver)
+    _check_solver(solver, problem, natural)
+    batches = StepBatches(problem, 0)
+    try_losses(flat, params, natural, batches)
+    with blaming(problem, "inner_loss or outer_loss, differentiated,", params=flat.unravel(params), hparams=natural):
+        check_paths(method, flat, solver, natural, batches)
+    state = TrainState(
+        step=0,
+        params=params,
+        raw=raw,
+        outer=OuterOptimizer.of(optimizer, scheduler, list(raw.values())),
+        method=method.init(flat, solver, params, natural),
+        best=Best(-1, float("inf"), natural, params, {}),
+        num_nonfinite=0,
+        seconds=0.0,
+        wall_seconds=0.0,
+        work={"inner_steps": 0, "inner_gradients": 0, "inner_products": 0, "num_mv": 0},
+    )
+    return Setup(flat, solver, method, bijections), state
+
+
+def _check_num_tasks(problem: Problem) -> None:
+    number = problem.num_tasks
+    if number is not None and (not isinstance(number, int) or number < 1):
+        raise UsageError(
+            f"{type(problem).__name__}.num_tasks must be an integer of at least 1, or None for a single system, "
+            f"but is {number!r}."
+        )
+
+
+def _starting_hparams(problem: Problem) -> TensorDict:
+    with blaming(problem, "init_hparams"):
+        natural = detach(natural_hparams(problem))
+    if not natural:
+        raise UsageError(
+            f"{type(problem).__name__}.init_hparams() returned no hyperparameter: there is nothing to tune."
+        )
+    for name, value in natural.items():
+        if not value.is_floating_point():
+            raise UsageError(f"hyperparameter '{name}' was expected to be floating-point, but is {value.dtype}.")
+    return natural
+
+
+def _check_solver(solver: InnerSolver, problem: Problem, hparams: Mapping[str, Tensor]) -> None:
+    if solver.full_batch and problem.inner_batches is not None:
+        raise UsageError(
+            f"{type(solver).__name__} needs the full batch, but this problem has inner minibatches: "
+            "use GradientDescent or TorchOptimizer."
+        )
+    for name in solver.hparam_names:
+        if name not in hparams:
+            hint = nearest(name, hparams, f"give a number, or one of {', '.join(map(repr, sorted(hparams)))}.")
+            raise UsageError(
+                f"an option of {type(solver).__name__} was expected to be a number or the name of a hyperparameter, but is "
+                f"'{name}': {hint}"
+            )

@@ -1,0 +1,92 @@
+"""The first look at what the user wrote: names, shapes and dtypes that do not fit become one sentence."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.errors import UsageError
+from bilevel.flat import FlatProblem, StepBatches, named_parts
+from bilevel.problem import Problem
+
+_MISTAKES = (RuntimeError, ValueError, LookupError, TypeError, AttributeError)
+_TORCH = Path(torch.__file__).parent
+
+
+@contextmanager
+def blaming(problem: Problem, function: str, **given: Any) -> Iterator[None]:
+    """What the user's function raises, as one sentence that names it, its cause and what it was given.
+
+    Args:
+        problem: the user's.
+        function: the name of the function.
+        given: its arguments; tensors in them are described, the rest left out.
+
+    Raises:
+        UsageError: the code inside raised; the original is the `__cause__`, for a debugger.
+    """
+    try:
+        yield
+    except (UsageError, torch.OutOfMemoryError):  # a sentence already, and no mistake of the function's
+        raise
+    except _MISTAKES as error:
+        described = [f"{name} {_describe(value)}" for name, value in given.items() if value is not None]
+        was_given = f", given {' and '.join(described)}" if described else ""
+        raise UsageError(
+            f"{type(problem).__name__}.{function} raised {_cause(error)}{was_given}: "
+            "make the names, shapes, dtypes and devices fit each other."
+        ) from error
+
+
+def try_losses(problem: FlatProblem, start: Tensor, hparams: Mapping[str, Tensor], batches: StepBatches) -> None:
+    """Evaluate the inner problem and the outer loss once at the starting point.
+
+    Raises:
+        UsageError: one of them fails, does not return a scalar, or gets a batch that does not fit the tasks.
+    """
+    user = problem.problem
+    with blaming(user, "inner_batches"):
+        inner = batches.curvature
+    with blaming(user, "outer_batches"):
+        outer = batches.outer
+    params = problem.layout.unravel(start if user.num_tasks is None else start[0])
+    optimality = hasattr(user, "optimality")
+    with blaming(user, "optimality" if optimality else "inner_loss", params=params, hparams=hparams, batch=inner):
+        objective = problem.objective(inner)
+        if objective.loss is None:
+            with torch.no_grad():
+                objective.gradient(start, hparams)
+        else:
+            objective.loss(start, hparams)
+    with blaming(user, "outer_loss", params=params, hparams=hparams, batch=outer):
+        problem.outer_loss(start, hparams, outer)
+
+
+def _cause(error: BaseException) -> str:
+    """Type, words and place of an error, in one line."""
+    words = " ".join(str(error).split()).rstrip(".")
+    words = words if len(words) <= 300 else f"{words[:297]}..."
+    frames = [one for one in traceback.extract_tb(error.__traceback__) if _TORCH not in Path(one.filename).parents]
+    return f"{type(error).__name__} ({words}) at {Path(frames[-1].filename).name}:{frames[-1].lineno}"
+
+
+def _describe(value: Any) -> str:
+    """Names, shapes and dtypes of tensors, at most eight of them."""
+    tensors = ((name, part) for name, part in _named(value) if isinstance(part, Tensor))
+    shown = [f"{name}{tuple(part.shape)} {str(part.dtype).removeprefix('torch.')}" for name, part in islice(tensors, 9)]
+    return "[" + ", ".join([*shown[:8], *(["..."] if len(shown) > 8 else [])]) + "]"
+
+
+def _named(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for name, part in value.items():
+            yield from named_parts(part, str(name))
+    else:
+        yield from named_parts(value, "")

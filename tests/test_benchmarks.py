@@ -1,0 +1,133 @@
+"""The benchmarks as CI can run them: `--quick` does everything on a small scale, and the JSON file keeps its contract."""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.common import Claim, finish, interleaved, machine, parse, table
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@pytest.fixture(scope="module", params=["operators", "hypergradient", "memory"])
+def quick(request, tmp_path_factory):
+    """Name, output and JSON content of one benchmark, run as a user does; it leaves the committed results alone."""
+    before = {path: path.read_bytes() for path in RESULTS.iterdir()}
+    file = tmp_path_factory.mktemp("benchmarks") / "new" / f"{request.param}.json"
+    command = [sys.executable, "-m", f"benchmarks.{request.param}", "--quick", "--json", str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {path: path.read_bytes() for path in RESULTS.iterdir()} == before
+    return request.param, done.stdout, json.loads(file.read_text())
+
+
+ROWS = {
+    "operators": {"network", "cost of", "gradients", "ms"},
+    "hypergradient": {"problem", "library", "bilevel / it", "ms", "products", "ms for 20 products"},
+    "memory": {"method", "inner steps", "MB above baseline", "baseline MB", "seconds"},
+}
+
+
+def test_quick_measures_everything_and_judges_nothing(quick):
+    name, out, content = quick
+    assert content["claims"] == [] and "claims are not judged with --quick" in out
+    measured = [row for row in content["rows"] if "note" not in row]
+    assert measured
+    for row in measured:
+        assert ROWS[name] <= row.keys(), row
+        figures = [value for value in row.values() if isinstance(value, int | float)]
+        assert figures and all(math.isfinite(figure) and figure > 0 for figure in figures), row
+        assert all(str(value) in out for value in row.values() if isinstance(value, str)), row
+
+
+def test_quick_names_its_machine(quick):
+    _, _, content = quick
+    assert content["machine"].keys() >= {"device", "cores", "threads", "system", "python", "torch", "date"}
+    assert content["machine"]["cores"] >= 1 and content["machine"]["device"]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_committed_results_keep_the_contract(name):
+    content = json.loads((RESULTS / f"{name}.json").read_text())
+    assert content["claims"] and content["rows"] and content["machine"]["torch"]
+    for claim in content["claims"]:
+        assert claim.keys() >= {"name", "figure", "target", "met"}
+        judged = {key: claim[key] for key in ("name", "figure", "target")}
+        assert claim["met"] is Claim(**judged, at_least=claim.get("at_least", False)).met
+
+
+# --- what they share --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("figure", "at_least", "met", "word"),
+    [
+        (1.0, False, True, "met"),
+        (1.1, False, False, "MISSED"),
+        (math.nan, False, False, "MISSED"),
+        (1.1, True, True, "met"),
+        (0.9, True, False, "MISSED"),
+        (math.nan, True, False, "MISSED"),
+        (None, False, None, "not measured"),
+    ],
+)
+def test_a_claim_is_judged(figure, at_least, met, word):
+    claim = Claim("time over theirs", figure, 1.0, at_least)
+    assert claim.met is met
+    assert str(claim).startswith("claim time over theirs: ") and str(claim).endswith(f"): {word}")
+
+
+def options(tmp_path, quick):
+    return argparse.Namespace(quick=quick, json=tmp_path / "a.json", device="cpu", load=0.0)
+
+
+def test_a_missed_claim_is_the_exit_status(tmp_path, capsys):
+    met, missed, absent = Claim("a", 1.0, 2.0), Claim("b", 3.0, 2.0), Claim("c", None, 2.0)
+    assert finish(options(tmp_path, False), [{"ms": 1.5}], [met, absent]) == 0
+    assert finish(options(tmp_path, False), [{"ms": 1.5}], [met, missed], {"peers": {"jax": "0.5"}}) == 1
+    content = json.loads((tmp_path / "a.json").read_text())
+    assert [(claim["name"], claim["figure"], claim["target"], claim["met"]) for claim in content["claims"]] == [
+        ("a", 1.0, 2.0, True),
+        ("b", 3.0, 2.0, False),
+    ]
+    assert content["rows"] == [{"ms": 1.5}] and content["peers"] == {"jax": "0.5"}
+    assert content["machine"].keys() > machine().keys()
+    assert finish(options(tmp_path, True), [], [missed]) == 0
+    assert capsys.readouterr().out.count("MISSED") == 1
+
+
+def test_the_json_file_is_strict(tmp_path):
+    assert finish(options(tmp_path, False), [{"ratio": math.inf}], [Claim("a", math.nan, 2.0)]) == 1
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    content = json.loads((tmp_path / "a.json").read_text(), parse_constant=refuse)
+    assert content["rows"] == [{"ratio": "Infinity"}] and content["claims"][0]["figure"] == "NaN"
+
+
+def test_every_function_is_timed_in_every_round():
+    calls = []
+    seconds = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, pause=0.0)
+    assert calls == ["a", "b"] * 4 and seconds.keys() == {"a", "b"}
+    assert all(value >= 0 for value in seconds.values())
+
+
+def test_rows_with_different_keys_are_one_table():
+    assert table([{"a": 1234}, {"b": None, "a": 1.0, "c": True}]).splitlines() == [
+        "a      b  c",
+        "1,234",
+        "1         True",
+    ]
+
+
+def test_the_options_that_all_have():
+    assert parse("a", ["--json", "x/y.json"]).json == Path("x/y.json")
+    with pytest.raises(SystemExit):
+        parse("a", ["--device", "cpu"], device=False)
