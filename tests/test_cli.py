@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -444,16 +445,6 @@ def test_mistakes_found_while_building_leave_nothing(capsys, tiny):
         (["problem.num_rows=null"], "problem.num_rows cannot be null: tiny_pkg.Problem takes int."),
         (["+problem.foo=1"], "problem: tiny_pkg.Problem takes no argument 'foo'; its arguments are"),
         (["problem._target_=tiny_pkg.Problm"], "problem names tiny_pkg.Problm, which cannot be imported"),
-        (["outer_optimizer.lr=-1.0"], "the outer optimizer cannot be made: Invalid learning rate: -1.0."),
-        (["outer_optimizer=adam", "outer_optimizer.capturable=true"], "cannot be used: If capturable=True, params"),
-        (
-            ["outer_optimizer=lbfgs", "outer_optimizer.line_search_fn=strong_wolfe"],
-            "leave line_search_fn out and set lr",
-        ),
-        (
-            ["outer_scheduler=cosine", "outer_scheduler.last_epoch=3"],
-            "cannot be used: param 'initial_lr' is not specified",
-        ),
         (["outer_scheduler=tiny", "outer_scheduler.step_size=null"], "outer_scheduler.step_size cannot be null"),
         (["device=cuda:99"], "device=cuda:99 was asked for, and torch sees"),
     ]:
@@ -496,6 +487,31 @@ def really(project: Tiny, raises_in: str) -> list[str]:
 def test_a_problem_that_raises_before_its_first_step_leaves_nothing(place, project):
     with pytest.raises(Exception, match=f"no luck in {place}"):
         main(really(project, place))
+    assert list(project.folder.glob("outputs*")) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["outer_optimizer.lr=-1.0"], "the outer optimizer cannot be made: Invalid learning rate: -1.0."),
+        (
+            ["outer_optimizer=adam", "outer_optimizer.capturable=true"],
+            "Adam cannot step on .*: If capturable=True, params",
+        ),
+        (
+            ["outer_optimizer=lbfgs", "outer_optimizer.line_search_fn=strong_wolfe"],
+            "leave line_search_fn out and set lr",
+        ),
+        (
+            ["outer_scheduler=cosine", "outer_scheduler.last_epoch=3"],
+            "the outer scheduler cannot be made: param 'initial_lr' is not specified",
+        ),
+    ],
+    ids=lambda value: value[-1].partition("=")[0] if isinstance(value, list) else "",
+)
+def test_an_optimizer_that_torch_refuses_leaves_nothing(words, expected, capsys, project):
+    assert main([*really(project, "nowhere"), *words]) == 2
+    assert re.search(expected, sentence(capsys.readouterr()))
     assert list(project.folder.glob("outputs*")) == []
 
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 
 def command(*words):
@@ -45,3 +46,24 @@ def test_a_folder_that_is_no_run_gets_one_sentence(tmp_path):
     status, out, err = command("bilevel", "report", str(tmp_path))
     assert status == 2 and out == "" and "Traceback" not in err
     assert "Expected a run directory" in err and err.count("\n") == 1
+
+
+def test_the_dtype_changes_no_data_and_the_seed_changes_what_it_should():
+    """Float64 widens the numbers that float32 has; a seed draws other minibatches and weights, and no other split."""
+    from bilevel.cli.composer import composer, resolve
+    from bilevel.cli.job import assemble
+
+    def problem_of(*words):
+        with composer() as compose:
+            config = resolve(compose.compose(list(words)))
+        try:
+            return assemble(config, torch.device("cpu"), getattr(torch, config["dtype"])).problem
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    narrow, wide = (problem_of("problem=digits_mlp", f"dtype={dtype}") for dtype in ("float32", "float64"))
+    assert wide.x.dtype == torch.float64 and torch.equal(wide.x, narrow.x.double())
+    other = problem_of("problem=digits_mlp", "problem.batch_size=16", "seed=1")
+    same = problem_of("problem=digits_mlp", "problem.batch_size=16")
+    assert torch.equal(other.x, same.x) and not torch.equal(other.inner_batches(0, 0), same.inner_batches(0, 0))
+    assert not torch.equal(other.init_params({})["layer0.weight"], same.init_params({})["layer0.weight"])

@@ -24,7 +24,6 @@ from bilevel.cli.directories import RunDirectory, new_run_directory, read_record
 from bilevel.cli.main import Interrupted, say
 from bilevel.cli.resume import check_unchanged
 from bilevel.cli.settings import Settings
-from bilevel.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -128,16 +127,17 @@ def assemble(config: Mapping[str, Any], device: torch.device, dtype: torch.dtype
     Raises:
         UsageError: a node is wrong.
     """
+    # Built in torch's own dtype and moved then: generators draw other numbers in another dtype, and the data must not
+    # change with it. What the problem makes later is made in its dtype at once.
+    torch.set_default_dtype(torch.float32)  # a job of a sweep may have left another
     problem = build(config["problem"], "problem").to(device=device, dtype=dtype)
-    optimizer = _factory(config["outer_optimizer"], "outer_optimizer")
-    scheduler = _factory(config.get("outer_scheduler"), "outer_scheduler")
-    _try(optimizer, scheduler, device)
+    torch.set_default_dtype(dtype)
     return Parts(
         problem=problem,
         solver=build(config["solver"], "solver"),
         hypergradient=build(config["hypergradient"], "hypergradient"),
-        optimizer=optimizer,
-        scheduler=scheduler,
+        optimizer=_factory(config["outer_optimizer"], "outer_optimizer"),
+        scheduler=_factory(config.get("outer_scheduler"), "outer_scheduler"),
         trainer=build(config["trainer"], "trainer"),
         # Callbacks first: what they add to the summary is for the trackers to show.
         callbacks=(*_callbacks(config.get("callbacks") or {}), *_trackers(config.get("tracking") or {})),
@@ -147,17 +147,6 @@ def assemble(config: Mapping[str, Any], device: torch.device, dtype: torch.dtype
 def _factory(node: Mapping[str, Any] | None, where: str) -> Any:
     """What makes the object later: the outer optimiser wants tensors that only the trainer has."""
     return None if node is None else build({**node, "_partial_": True}, where)
-
-
-def _try(optimizer: Callable[..., Any], scheduler: Callable[..., Any] | None, device: torch.device) -> None:
-    """Steps once on a tensor of no meaning, so that what torch refuses is said before a folder is made."""
-    from bilevel.trainer.optimizer import OuterOptimizer
-
-    try:
-        OuterOptimizer.of(optimizer, scheduler, [torch.zeros(1, device=device)])
-    except (KeyError, AssertionError) as error:  # so torch refuses last_epoch without a history, capturable on a CPU
-        reason = " ".join(str(error.args[0]).split()).rstrip(".") if error.args else type(error).__name__
-        raise UsageError(f"outer_optimizer or outer_scheduler cannot be used: {reason}.") from error
 
 
 def _trackers(nodes: Mapping[str, Any]) -> list[Any]:

@@ -72,9 +72,7 @@ class Settings:
         return cls(**{key: config[key] for key in cls.keys() if key in config})
 
     def apply(self) -> tuple[torch.device, torch.dtype]:
-        """Puts seed, threads and the default dtype into effect, and checks that the device is there.
-
-        The default dtype holds for the whole job, so that data are never made in float32 and widened later.
+        """Puts seed and threads into effect, and checks that the device is there.
 
         Returns:
             The device and the dtype to which the problem goes.
@@ -90,7 +88,6 @@ class Settings:
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         seed_everything(self.seed)
-        torch.set_default_dtype(dtype)
         return device, dtype
 
     def _device(self) -> torch.device:

@@ -26,7 +26,7 @@ class _Digits(Problem):
 
     constraints: ClassVar[Mapping[str, Constraint]] = {"penalty": Positive()}
 
-    def __init__(self, start: float, batch_size: int | None, split_seed: int) -> None:
+    def __init__(self, start: float, batch_size: int | None, split_seed: int, seed: int) -> None:
         if not start > 0:
             raise UsageError(f"problem.start is the starting penalty and must be above 0, but is {start}.")
         self.start_penalty = start
@@ -34,7 +34,7 @@ class _Digits(Problem):
         self.x, self.y = train.x, train.y
         self.x_validation, self.y_validation = validation.x, validation.y
         self.x_test, self.y_test = test.x, test.y
-        self.inner_batches = None if batch_size is None else Minibatches(len(self.x), batch_size, split_seed)
+        self.inner_batches = None if batch_size is None else Minibatches(len(self.x), batch_size, seed)
 
     def logits(self, params: Tensors, x: Tensor) -> Tensor:
         """Class scores `(N, 10)`."""
@@ -73,7 +73,8 @@ class DigitsSoftmax(_Digits):
         penalty: one penalty (`shared`), one for each pixel (`per_feature`, 64) or each weight (`per_weight`, 640).
         start: starting value of every penalty.
         batch_size: examples in an inner minibatch; None uses all.
-        split_seed: seed of the split and of the minibatches.
+        split_seed: seed of the split.
+        seed: seed of the minibatches.
     """
 
     def __init__(
@@ -82,9 +83,10 @@ class DigitsSoftmax(_Digits):
         start: float = 1e-2,
         batch_size: int | None = None,
         split_seed: int = 0,
+        seed: int = 0,
     ) -> None:
         """Load the data; see the class."""
-        super().__init__(start, batch_size, split_seed)
+        super().__init__(start, batch_size, split_seed, seed)
         if penalty not in SHAPES:
             hint = nearest(str(penalty), SHAPES, "choose one of them.")
             raise UsageError(f"problem.penalty must be one of {', '.join(SHAPES)}, but is '{penalty}': {hint}")
@@ -115,8 +117,8 @@ class DigitsMLP(_Digits):
         hidden: widths of the hidden layers.
         start: starting value of every penalty.
         batch_size: examples in an inner minibatch; None uses all.
-        split_seed: seed of the split and of the minibatches.
-        init_seed: seed of the starting weights.
+        split_seed: seed of the split.
+        seed: seed of the minibatches and of the starting weights.
     """
 
     def __init__(
@@ -125,14 +127,14 @@ class DigitsMLP(_Digits):
         start: float = 1e-3,
         batch_size: int | None = None,
         split_seed: int = 0,
-        init_seed: int = 0,
+        seed: int = 0,
     ) -> None:
         """Load the data; see the class."""
-        super().__init__(start, batch_size, split_seed)
+        super().__init__(start, batch_size, split_seed, seed)
         if not all(width >= 1 for width in hidden):
             raise UsageError(f"problem.hidden must hold widths of at least 1, but is {list(hidden)}.")
         self.widths = [NUM_PIXELS, *hidden, NUM_CLASSES]
-        self.init_seed = init_seed
+        self.seed = seed
 
     def init_hparams(self) -> dict[str, Tensor]:
         """A penalty for every parameter, under its name."""
@@ -143,7 +145,7 @@ class DigitsMLP(_Digits):
 
     def init_params(self, hparams: Tensors) -> dict[str, Tensor]:
         """Scaled normal weights (LeCun), zero biases."""
-        source, params = generator(self.init_seed), {}
+        source, params = generator(self.seed), {}
         for index, (before, after) in enumerate(pairwise(self.widths)):
             weight = normal((after, before), source, self.x.dtype, self.x.device) / before**0.5
             params[f"layer{index}.weight"] = weight

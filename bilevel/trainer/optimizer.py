@@ -14,6 +14,7 @@ from bilevel.errors import UsageError
 
 OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
+MISTAKES = (TypeError, ValueError, KeyError, RuntimeError, AssertionError)  # what torch raises about arguments
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class OuterOptimizer:
             made = optimizer(raw)
             what = "scheduler"
             return cls(made, None if scheduler is None else scheduler(made))
-        except (TypeError, ValueError, RuntimeError) as error:
+        except MISTAKES as error:
             raise UsageError(f"the outer {what} cannot be made: {_one_line(error)}.") from error
 
     def _try(self) -> None:
@@ -64,7 +65,7 @@ class OuterOptimizer:
             self.optimizer.step(lambda: 1.0)
             name = type(self.scheduler).__name__
             self._schedule(1.0)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except MISTAKES as error:
             raise UsageError(
                 f"{name} cannot step on the raw hyperparameters, dense tensors with dense gradients: {_one_line(error)}; "
                 "use another one, such as torch.optim.Adam or torch.optim.lr_scheduler.StepLR."
@@ -89,4 +90,5 @@ class OuterOptimizer:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")
+    reason = str(error.args[0]) if error.args else type(error).__name__  # str of a KeyError has quotes around it
+    return " ".join(reason.split()).rstrip(".")
