@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -167,17 +168,22 @@ class Bijections:
     constraints: Mapping[str, Constraint]
 
     @classmethod
-    def of(cls, declared: Mapping[str, Constraint], names: list[str]) -> Bijections:
+    def of(cls, declared: Mapping[str, Any], names: list[str]) -> Bijections:
         """Match declared names with hyperparameters; the longest match wins.
 
         Raises:
-            UsageError: a declared name matches no hyperparameter.
+            UsageError: a declared name matches no hyperparameter, or what is declared is no constraint.
         """
         matched: dict[str, Constraint] = {}
         for name in names:
             fitting = [key for key in declared if name == key or name.startswith(key + ".")]
             matched[name] = declared[max(fitting, key=len)] if fitting else Real()
-        for key in declared:
+        for key, constraint in declared.items():
+            if not isinstance(constraint, Constraint):
+                made = f": write {constraint.__name__}()" if isinstance(constraint, type) else ""
+                raise UsageError(
+                    f"the constraint of '{key}' was expected to be one such as Positive(), but is {constraint}{made}."
+                )
             if not any(name == key or name.startswith(key + ".") for name in names):
                 raise UsageError(f"constraints name '{key}', but the hyperparameters are {sorted(names)}.")
         return cls(matched)

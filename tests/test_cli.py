@@ -444,7 +444,10 @@ def test_mistakes_found_while_building_leave_nothing(capsys, tiny):
         (["problem.scale=-1"], "scale must not be negative, and got -1."),
         (["problem.num_rows=null"], "problem.num_rows cannot be null: tiny_pkg.Problem takes int."),
         (["+problem.foo=1"], "problem: tiny_pkg.Problem takes no argument 'foo'; its arguments are"),
-        (["problem._target_=tiny_pkg.Problm"], "problem names tiny_pkg.Problm, which cannot be imported"),
+        (
+            ["problem._target_=tiny_pkg.Problm"],
+            "names tiny_pkg.Problm, but tiny_pkg has no 'Problm'; did you mean 'Problem'?",
+        ),
         (["outer_scheduler=tiny", "outer_scheduler.step_size=null"], "outer_scheduler.step_size cannot be null"),
         (["device=cuda:99"], "device=cuda:99 was asked for, and torch sees"),
     ]:

@@ -22,11 +22,13 @@ def sweep(tmp_path_factory):
     assert status == 0, err
     assert sum(line.startswith("summary: ") for line in out.splitlines()) == 3
     (folder,) = (root / "train").iterdir()
+    assert out.splitlines()[-1] == f"report: {folder / 'report.html'}"
     return folder
 
 
 def test_a_sweep_over_methods_leaves_a_run_each_and_a_leaderboard(sweep):
-    assert sorted(path.name for path in sweep.iterdir() if path.is_dir()) == ["0", "1", "2"]
+    assert sorted(path.name for path in sweep.iterdir() if path.is_dir()) == ["0", "1", "2", "figures"]
+    (sweep / "report.html").unlink()
     status, out, err = command("bilevel", "report", str(sweep))
     assert status == 0, err
     assert out.strip() == f"report: {sweep / 'report.html'}"
@@ -67,3 +69,30 @@ def test_the_dtype_changes_no_data_and_the_seed_changes_what_it_should():
     same = problem_of("problem=digits_mlp", "problem.batch_size=16")
     assert torch.equal(other.x, same.x) and not torch.equal(other.inner_batches(0, 0), same.inner_batches(0, 0))
     assert not torch.equal(other.init_params({})["layer0.weight"], same.init_params({})["layer0.weight"])
+
+
+def test_a_run_that_applies_nothing_ends_in_a_sentence_and_exit_status_1(tmp_path):
+    status, out, err = command(
+        "bilevel", "train", "solver=gradient_descent", "solver.learning_rate=100", "problem.start=10", "tracking=console",
+        f"output_dir={tmp_path}",
+    )  # fmt: skip
+    assert status == 1 and "3 of 3 steps: the inner solve ended with diverged" in out
+    assert err.count("\n") == 1 and "no hypergradient was applied in" in err and "lower the learning rate" in err
+    (folder,) = (tmp_path / "train").iterdir()
+    assert "3 of 3 steps: the inner solve ended with diverged" in (folder / "report.html").read_text()
+
+
+def test_termination_ends_a_run_as_an_interruption_does(tmp_path):
+    words = ["train", "problem.batch_size=8", "solver=gradient_descent", "trainer.num_steps=100000", "tracking=console"]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "bilevel", *words, f"output_dir={tmp_path}"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in run.stdout:
+        if line.lstrip().startswith("0 "):
+            break
+    run.terminate()
+    _, err = run.communicate(timeout=60)
+    (folder,) = (tmp_path / "train").iterdir()
+    assert run.returncode == 130 and f"interrupted: go on with python -m bilevel train resume={folder}" in err
+    assert list((folder / "checkpoints").iterdir()) and (folder / "summary.json").is_file()

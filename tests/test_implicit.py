@@ -496,3 +496,13 @@ def test_report_tells_conditioning_and_stationarity():
     scales = torch.tensor([1.0, 10.0, 100.0])
     stretched = implicit_root(lambda x, t: scales * x - t, solver=DenseLU())(lambda t: t / scales)
     assert stretched.report(THETA).condition == pytest.approx(100.0, rel=1e-6)
+
+
+def test_what_a_solver_must_not_return_is_named():
+    from scipy.optimize import OptimizeResult
+
+    solve = implicit_argmin(lambda x, t: (x - t).square().sum())(lambda t: OptimizeResult(x=t.numpy()).get)
+    with pytest.raises(
+        UsageError, match=r"expected to return tensors, arrays or numbers.*SciPy's results the array is `.x`"
+    ):
+        solve(torch.ones(2, requires_grad=True))

@@ -412,3 +412,36 @@ def test_the_public_names_are_there_and_lazy():
         assert getattr(bilevel, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         bilevel.nonsense  # noqa: B018 - the access is the test
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"problem": Shrink},
+            r"problem was expected to be an instance of your Problem, but is the class .*: write Shrink\(\)",
+        ),
+        (
+            {"hypergradient": "implicit_cg"},
+            r"hypergradient was expected to be a method such as Implicit\(.*'implicit_cg'",
+        ),
+        ({"hypergradient": Implicit}, r"write Implicit\(\)"),
+        ({"solver": "lbfgs"}, r"solver was expected to be an inner solver such as LBFGS\(\), but is 'lbfgs'"),
+        (
+            {"optimizer": torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)},
+            r"makes one .* an object of SGD: write functools.partial",
+        ),
+        ({"callbacks": [print]}, "a callback needs on_start, on_step and on_end, .* derive it from bilevel.Callback"),
+    ],
+    ids=["problem", "name", "class", "solver", "optimizer", "callback"],
+)
+def test_things_of_the_wrong_kind_are_named(given, message):
+    with pytest.raises(UsageError, match=message):
+        fit(**{"problem": Shrink(), "num_steps": 1, **given})
+
+
+def test_a_constraint_that_is_none_is_named():
+    problem = Shrink()
+    problem.constraints = {"penalty": Positive}
+    with pytest.raises(UsageError, match=r"constraint of 'penalty' .* Positive\(\), but is .*: write Positive\(\)"):
+        fit(problem, num_steps=1)

@@ -8,6 +8,7 @@ defined under an allowed prefix (`torch.optim.optimizer.torch.load` begins well 
 from __future__ import annotations
 
 import inspect
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -77,6 +78,12 @@ def find_target(name: str, where: str) -> Callable[..., Any]:
     try:
         found = _locate(name)
     except (ImportError, InstantiationException) as error:
+        home, _, last = name.rpartition(".")
+        if home in sys.modules:
+            names = [one for one in vars(sys.modules[home]) if not one.startswith("_")]
+            raise UsageError(
+                f"{where} names {name}, but {home} has no '{last}'{hint(last, names, 'it has')}"
+            ) from error
         raise UsageError(f"{where} names {name}, which cannot be imported: {_reason(error)}.") from error
     if not (inspect.isclass(found) or inspect.isroutine(found)):
         raise UsageError(f"{where} names {name}, which is neither a class nor a function.")

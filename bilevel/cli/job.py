@@ -21,7 +21,7 @@ from bilevel.cli.allow import check_hydra, check_targets
 from bilevel.cli.build import build
 from bilevel.cli.composer import resolve
 from bilevel.cli.directories import RunDirectory, new_run_directory, read_record, sweep_job_directory, write_record
-from bilevel.cli.main import Interrupted, say
+from bilevel.cli.main import Fruitless, Interrupted, say
 from bilevel.cli.resume import check_unchanged
 from bilevel.cli.settings import Settings
 
@@ -49,18 +49,19 @@ class Parts:
     callbacks: tuple[Any, ...]
 
 
-def run_job(config: DictConfig) -> float | None:
+def run_job(config: DictConfig) -> float:
     """Runs one job of `train`.
 
     Args:
         config: the composed configuration, without Hydra's own.
 
     Returns:
-        The best outer loss, which sweepers minimise; None when no step was made.
+        The best outer loss, which sweepers minimise.
 
     Raises:
         UsageError: something in the configuration is wrong.
         Interrupted: Ctrl-C; its message says how to continue.
+        Fruitless: no hypergradient of the run could be applied.
         Exception: whatever the problem's own code or a callback raises. No folder is left behind unless it holds a step.
     """
     plain, hydra = resolve(config), HydraConfig.get()
@@ -83,7 +84,9 @@ def run_job(config: DictConfig) -> float | None:
     _write_report(directory.path)
     print(f"summary: {directory.path / 'summary.json'}", flush=True)
     best = (summary.get("best") or {}).get("outer_loss")
-    return None if best is None else float(best)
+    if best is None:
+        raise Fruitless(f"no hypergradient was applied in {directory.path}: {summary.get('stopped_because')}.")
+    return float(best)
 
 
 def run_trainer(parts: Parts, config: Mapping[str, Any], directory: Path, *, resume: bool) -> Mapping[str, Any]:

@@ -1,7 +1,8 @@
 """Picks the command, and turns what went wrong into a sentence and an exit status.
 
-Exit statuses: 0 done, 1 a failure that is not the user's (with its traceback), 2 a mistake the user can mend
-(one sentence, no traceback), 130 interrupted. `HYDRA_FULL_ERROR=1` in the environment shows every traceback.
+Exit statuses: 0 done, 1 a failure that is not the user's (with its traceback) or a run without a result (one sentence),
+2 a mistake the user can mend (one sentence, no traceback), 130 interrupted or terminated. `HYDRA_FULL_ERROR=1` in the
+environment shows every traceback.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ COMMANDS: dict[str, Command] = {
 }
 
 
+class Fruitless(Exception):
+    """A run that ended without a result; the sentence says why."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C with a sentence that says what is left and how to go on."""
 
@@ -41,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what follows the program's name; `sys.argv[1:]` when left out.
 
     Returns:
-        0, 2 or 130 as the module docstring says. Failures that are not the user's are raised: Python prints
+        0, 1, 2 or 130 as the module docstring says. Failures that are not the user's are raised: Python prints
         their traceback and exits with 1.
     """
     full_errors = os.environ.get("HYDRA_FULL_ERROR") == "1"  # read now: the train command sets it for Hydra
@@ -52,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         say(str(mistake))
         return 2
+    except Fruitless as failure:
+        say(str(failure))
+        return 1
     except KeyboardInterrupt as stop:
         if full_errors:
             raise

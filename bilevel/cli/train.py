@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -66,6 +68,7 @@ class _Outcome:
     """How the jobs that ran in this process ended."""
 
     num_jobs: int = 0
+    sweep: Path | None = None  # the folder of the sweep, if it is one
     failures: list[Exception] = field(default_factory=list)
 
 
@@ -81,7 +84,7 @@ def _run(arguments: Arguments) -> int:
     front = hydra.main(config_path=str(conf_directory()), config_name=CONFIG_NAME, version_base=HYDRA_VERSION_BASE)(
         _task(outcome)
     )
-    with _as_hydra_wants_it(arguments):
+    with _as_hydra_wants_it(arguments), _termination_as_interruption():
         try:
             front()
         except Exception as error:
@@ -92,6 +95,7 @@ def _run(arguments: Arguments) -> int:
             raise
     if outcome.failures:
         raise outcome.failures[0]
+    _report_sweep(outcome)
     return 0
 
 
@@ -107,9 +111,11 @@ def _task(outcome: _Outcome) -> Callable[[DictConfig], Any]:
         from hydra.types import RunMode
 
         from bilevel.cli.job import run_job
-        from bilevel.cli.main import say
+        from bilevel.cli.main import Fruitless, say
 
         outcome.num_jobs += 1
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            outcome.sweep = Path(HydraConfig.get().sweep.dir)
         try:
             return run_job(config)
         except Exception as failure:
@@ -120,7 +126,7 @@ def _task(outcome: _Outcome) -> Callable[[DictConfig], Any]:
                 OSError
             ):  # the job's folder, which Hydra makes before the job: only if it is empty
                 Path(HydraConfig.get().runtime.output_dir).rmdir()
-            if isinstance(failure, UsageError):
+            if isinstance(failure, UsageError | Fruitless):
                 say(f"job {HydraConfig.get().job.num}: {failure}")
             else:
                 traceback.print_exc()
@@ -132,8 +138,36 @@ def _task(outcome: _Outcome) -> Callable[[DictConfig], Any]:
 def _after_sweep(outcome: _Outcome) -> int:
     from bilevel.cli.main import say
 
+    _report_sweep(outcome)
     say(f"{len(outcome.failures)} of {outcome.num_jobs} jobs failed; the others are complete.")
     return 2 if all(isinstance(failure, UsageError) for failure in outcome.failures) else 1
+
+
+def _report_sweep(outcome: _Outcome) -> None:
+    """Writes the sweep's report and says where; a failure of it must not lose the sweep."""
+    if outcome.sweep is None:
+        return
+    try:
+        from bilevel.report import report
+
+        print(f"report: {report(outcome.sweep)}", flush=True)
+    except Exception as error:  # no job left a run, or whatever matplotlib or a full disk may say
+        from bilevel.cli.main import say
+
+        say(f"no report of the sweep: {error}.")
+
+
+@contextmanager
+def _termination_as_interruption() -> Iterator[None]:
+    """SIGTERM, which schedulers send before they take a machine away, ends a run as Ctrl-C does: with a checkpoint."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -119,9 +119,15 @@ def _as_tensors(solution: Any, tensors: Any) -> Any:
     like = next((t for t in tensors if t.is_floating_point()), torch.empty(()))
 
     def convert(leaf: Any) -> Tensor:
-        return (
-            leaf.detach() if isinstance(leaf, Tensor) else torch.as_tensor(leaf, dtype=like.dtype, device=like.device)
-        )
+        if isinstance(leaf, Tensor):
+            return leaf.detach()
+        try:
+            return torch.as_tensor(leaf, dtype=like.dtype, device=like.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UsageError(
+                "the solver was expected to return tensors, arrays or numbers, nested as optimality takes them, but "
+                f"returned a {type(leaf).__name__} (of SciPy's results the array is `.x`)."
+            ) from error
 
     return tree_map(convert, solution)
 

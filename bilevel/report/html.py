@@ -12,6 +12,7 @@ from bilevel.report.figures import plates
 from bilevel.report.load import Run
 from bilevel.report.style import DARK, LIGHT, Plate, draw
 from bilevel.tracking.format import baseline_table, duration, number
+from bilevel.tracking.troubles import Troubles
 
 __all__ = ["config_details", "figure_html", "header", "run_page", "table", "write_page"]
 
@@ -57,6 +58,7 @@ tr.own td:first-child { box-shadow: -10px 0 0 var(--wash); } tr.own td:last-chil
 .pairs td { white-space: normal; overflow-wrap: anywhere; } .pairs td:first-child { color: var(--faint); }
 a { color: var(--accent); text-decoration-thickness: 1px; text-underline-offset: 3px; }
 details { margin-top: 56px; border-top: 1px solid var(--line); border-bottom: 1px solid var(--line); }
+.troubles { border-left: 3px solid #c0392b; padding: 6px 0 6px 28px; margin: 18px 0; }
 summary { font-size: 14px; padding: 14px 0; cursor: pointer; }
 pre { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace; overflow-x: auto;
       background: var(--wash); padding: 18px 20px; margin: 0 0 18px; border-radius: 4px; }
@@ -74,7 +76,7 @@ def run_page(run: Run) -> Path:
         ("wall time", duration(run.wall_seconds), _memory(run)),
         ("products", number(_total(run, "receipt.num_mv")), "in all linear solves"),
     ]
-    parts = [header("A run of bilevel", run.name, run.verdict, figures), _baseline(run)]
+    parts = [header("A run of bilevel", run.name, run.verdict, figures), _troubles(run), _baseline(run)]
     folder = run.directory / "figures"
     for index, plate in enumerate(plates(run), start=1):
         parts.append(f"<h2>{escape(plate.title)}</h2>" + figure_html(plate, index, folder))
@@ -134,6 +136,15 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], own: int | None
 def config_details(text: str) -> str:
     """The config, folded away."""
     return f"<details><summary>Configuration (config.yaml)</summary><pre>{escape(text)}</pre></details>" if text else ""
+
+
+def _troubles(run: Run) -> str:
+    """In how many steps a solve did not succeed, where a reader cannot miss it."""
+    troubles = Troubles()
+    for record in run.records:
+        troubles.news(record)
+    lines = "".join(f"<li>{escape(line)}</li>" for line in troubles.totals())
+    return f'<ul class="troubles">{lines}</ul>' if lines else ""
 
 
 def _baseline(run: Run) -> str:

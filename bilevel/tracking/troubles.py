@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from bilevel.outcome import Result
 from bilevel.tracking.format import number
 
 __all__ = ["Troubles"]
@@ -46,8 +47,6 @@ class Troubles:
 
 def _troubles(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The kinds of trouble of one step, each with what is to be said of it once."""
-    from bilevel.result import Result  # here, because torch comes with it and reports read records without
-
     found = []
     successes = {None, *(result.name for result in Result if result.successful)}  # inner solvers use the same words
     linear, inner = record.get("receipt.linear_result"), record.get("receipt.inner_result")

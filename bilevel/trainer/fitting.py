@@ -98,6 +98,12 @@ def fit(
     if trainer is None:
         trainer = Trainer() if num_steps is None else Trainer(num_steps=num_steps)
     setup, state = set_up(problem, solver, method, optimizer, scheduler)
+    for callback in callbacks:
+        if not all(hasattr(callback, name) for name in ("on_start", "on_step", "on_end")):
+            raise UsageError(
+                f"a callback needs on_start, on_step and on_end, but {callback!r} lacks one: derive it from "
+                "bilevel.Callback and override what you want."
+            )
     with torch.no_grad():
         start = RunStart({}, None, 0, trainer.num_steps, setup.natural(state.raw))
     for callback in callbacks:

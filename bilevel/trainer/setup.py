@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +49,7 @@ def set_up(
             the problem that raise, losses that are no scalars or not finite, batches that do not fit the tasks, a solver
             that cannot serve the method, an optimiser or scheduler that cannot step.
     """
+    _check_kinds(problem, solver, method, optimizer)
     _check_num_tasks(problem)
     natural = _starting_hparams(problem)
     bijections = Bijections.of(problem.constraints, list(natural))
@@ -80,6 +82,27 @@ def set_up(
         work={"inner_steps": 0, "inner_gradients": 0, "inner_products": 0, "num_mv": 0},
     )
     return Setup(flat, solver, method, bijections), state
+
+
+def _check_kinds(problem: Any, solver: Any, method: Any, optimizer: Any) -> None:
+    """Objects where objects belong, and factories where factories do."""
+    expected = (
+        ("problem", problem, Problem, "an instance of your Problem"),
+        ("solver", solver, InnerSolver, "an inner solver such as LBFGS()"),
+        ("hypergradient", method, HypergradientMethod, "a method such as Implicit(linear_solver=ConjugateGradient())"),
+    )
+    for name, value, kind, example in expected:
+        if isinstance(value, kind):
+            continue
+        if isinstance(value, type):
+            raise UsageError(f"{name} was expected to be {example}, but is the class itself: write {value.__name__}().")
+        raise UsageError(f"{name} was expected to be {example}, but is {value!r}.")
+    if isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):
+        name = type(optimizer).__name__
+        raise UsageError(
+            "optimizer was expected to be a function that makes one from the raw hyperparameters, but is "
+            f"an object of {name}: write functools.partial(torch.optim.Adam, lr=0.1)."
+        )
 
 
 def _check_num_tasks(problem: Problem) -> None:
