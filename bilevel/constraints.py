@@ -144,12 +144,16 @@ class Simplex(Constraint):
 
     def to_raw(self, natural: Tensor, name: str = "hyperparameter") -> Tensor:
         """Raw value; a sum other than 1 is refused instead of normalised in silence."""
+        if not natural.ndim:
+            raise UsageError(f"'{name}' was expected to be {self.description}, but is a single number.")
         total = natural.sum(-1)
-        tolerance = 100 * torch.finfo(natural.dtype).eps
+        tolerance = 100 * max(
+            torch.finfo(natural.dtype).eps, torch.finfo(torch.float32).eps
+        )  # it may come from float32
         if bool(((total - 1).abs() > tolerance).any()) or bool((natural <= 0).any()):
             raise UsageError(
                 f"'{name}' was expected to be {self.description}, but has smallest entry {float(natural.min()):.6g} and a "
-                f"sum of {float(total.flatten()[0]):.6g}: divide it by its sum."
+                f"sum of {float(total.flatten()[0]):.9g}: divide it by its sum."
             )
         return super().to_raw(natural, name)
 
@@ -189,8 +193,8 @@ class Bijections:
         return cls(matched)
 
     def to_natural(self, raw: Mapping[str, Tensor]) -> TensorDict:
-        """Natural values; differentiable."""
-        return {name: self.constraints[name].to_natural(value) for name, value in raw.items()}
+        """Natural values; differentiable, and with memory of their own: optimisers change raw values in place."""
+        return {name: self.constraints[name].to_natural(value.clone()) for name, value in raw.items()}
 
     def to_raw(self, natural: Mapping[str, Tensor]) -> TensorDict:
         """Raw values; raises `UsageError` naming a hyperparameter outside its set."""

@@ -29,7 +29,10 @@ class Result(Enum):
     )
     diverged = "the iteration diverges: the step is too large for this operator; leave it out to have it estimated"
     breakdown = "the recurrence broke down (a pivot vanished): use GMRES or a direct solver"
-    singular = "the operator is singular to working precision: the derivative does not exist or is not unique"
+    singular = (
+        "the operator is singular to working precision: the derivative does not exist, is not unique, or needs float64 "
+        "or damping"
+    )
     least_squares = (
         "the system has no exact solution; the least-squares solution is returned (its residual is orthogonal "
         "to the operator's range)"

@@ -630,5 +630,23 @@ def test_one_hypergradient_is_one_call():
     assert found.receipt.linear_result == "converged" and set(found.params) == {"w"}
     moved = {name: value * 1.5 for name, value in problem.init_hparams().items()}
     close(hypergradient_at(problem, moved, solver=NEWTON).gradient, problem.closed_form(moved), 1e-4)
+    for wrong, message in (
+        ({"penalty": moved["penalty"]}, r"hparams were expected to be \['penalty', 'shift'\], but are \['penalty'\]"),
+        ({**moved, "shift": torch.ones(7)}, r"'shift' was expected to have shape .*, but has \(7,\)"),
+        ({**moved, "penalty": moved["penalty"].float()}, "dtype torch.float64, but has .*torch.float32"),
+        ({**moved, "penalty": -moved["penalty"]}, "'penalty' was expected to be above 0"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            hypergradient_at(problem, wrong)
     with pytest.raises(UsageError, match=r"'rate' is used nowhere"):
         hypergradient_at(LearnedSolver(), {"rate": torch.tensor(0.1), "init": {"w": torch.ones(5)}})
+
+
+@pytest.mark.parametrize("method", [Unrolled(), Unrolled(last=5), Unrolled(checkpoint_every=5), ForwardMode()], ids=str)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_every_way_through_the_loop_calls_a_divergence_by_its_name(method, momentum):
+    """Also in pieces: growth counts from the first step of the whole loop."""
+    solver = GradientDescent(max_steps=60, learning_rate=3.0, momentum=momentum)
+    receipt = compute(Ridge(), method, solver).receipt
+    whole = compute(Ridge(), Unrolled(), solver).receipt
+    assert receipt.inner_result == whole.inner_result == "diverged" and receipt.inner_steps == whole.inner_steps < 60

@@ -902,3 +902,35 @@ def test_a_solver_that_reduces_by_itself_is_found_out(monkeypatch):
     matrix = with_spectrum(torch.linspace(1, 15, 80), 4)
     with pytest.raises(AssertionError):
         solve_in_two_shards(GMRES(rtol=1e-10, max_steps=60), matrix, normal(80), POSITIVE_DEFINITE, timeout=1.0)
+
+
+@pytest.mark.parametrize(("dtype", "apart"), [(torch.float32, 1e-6), (torch.float64, 1e-14)], ids=str)
+@pytest.mark.parametrize("solver", [DenseLU(), GMRES(), BiCGStab(), LSMR()], ids=name_of)
+def test_a_nearly_singular_system_is_not_called_solved_by_luck(solver, dtype, apart):
+    """Rows that agree to rounding: the residual of a huge iterate may come out small, and is not."""
+    for seed in range(60):
+        draw = seeded(seed)
+        row, difference, vector = (torch.randn(2, generator=draw) for _ in range(3))
+        matrix, vector = torch.stack([row, row * (1 + apart * difference)]).to(dtype), vector.to(dtype)
+        solution = solver.compute(solver.init(MatrixOperator(matrix)), vector)
+        if solution.worst is Result.converged:
+            true = (vector.double() - matrix.double() @ solution.value.double()).norm()
+            assert float(true) <= 1e-2 * float(vector.norm()), seed
+
+
+def test_a_badly_scaled_diagonal_that_is_solved_exactly_is_not_called_singular():
+    matrix = torch.diag(torch.tensor([1e-5, 1.0, 3.0], dtype=torch.float32))
+    solver = DenseLU()
+    solution = solver.compute(solver.init(MatrixOperator(matrix)), torch.ones(3, dtype=torch.float32))
+    assert solution.worst is Result.converged
+
+
+def test_products_that_underflow_are_no_least_squares_solution():
+    operator = MatrixOperator(1e-25 * torch.eye(3, dtype=torch.float32))
+    solution = LSMR().compute(LSMR().init(operator), torch.ones(3, dtype=torch.float32))
+    assert not solution.successful
+
+
+def test_a_tolerance_that_is_no_number_is_refused():
+    with pytest.raises(UsageError, match="ConjugateGradient needs atol >= 0, but got nan"):
+        ConjugateGradient(atol=math.nan)

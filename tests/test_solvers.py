@@ -1,5 +1,6 @@
 """Inner solvers: known minima single and batched, their own formulas, purity of steps, and how the loop ends."""
 
+import math
 from functools import partial
 
 import pytest
@@ -409,3 +410,17 @@ def test_only_differentiable_solvers_record_their_steps(solver):
             return solve(solver, objective, torch.full((N,), sign * step), max_steps=3).params.sum()
 
         assert float(pulled.sum()) == pytest.approx(float((moved(1) - moved(-1)) / (2 * step)), rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("solver", [LBFGS(), NewtonCG(), GradientDescent()], ids=name_of)
+@pytest.mark.parametrize("target", [math.inf, math.nan])
+def test_a_gradient_that_is_never_finite_is_not_called_stagnation(solver, target):
+    solution = solve(solver, Objective(lambda x, h: (x - target).square().sum(-1)), torch.zeros(1))
+    assert solution.result is InnerResult.nonfinite
+
+
+@pytest.mark.parametrize("rate", [math.nan, math.inf, 0.0, -1.0])
+@pytest.mark.parametrize("kind", [GradientDescent, ProximalGradient])
+def test_learning_rates_are_positive_numbers(kind, rate):
+    with pytest.raises(UsageError, match="needs learning_rate > 0, but got"):
+        kind(learning_rate=rate)

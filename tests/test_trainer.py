@@ -445,3 +445,75 @@ def test_a_constraint_that_is_none_is_named():
     problem.constraints = {"penalty": Positive}
     with pytest.raises(UsageError, match=r"constraint of 'penalty' .* Positive\(\), but is .*: write Positive\(\)"):
         fit(problem, num_steps=1)
+
+
+class Free(Shrink):
+    """An unconstrained hyperparameter, whose raw and natural values are the same number."""
+
+    constraints = {}
+
+    def init_hparams(self):
+        return {"t": torch.tensor(0.3, dtype=torch.float64)}
+
+    def init_params(self, hparams):
+        return {"w": torch.zeros(1, dtype=torch.float64)}
+
+    def inner_loss(self, params, hparams, batch):
+        return (params["w"] - hparams["t"]).square().sum()
+
+    def outer_loss(self, params, hparams, batch):
+        return params["w"].square().sum()
+
+
+def test_unconstrained_hyperparameters_are_no_views_of_what_the_optimizer_moves():
+    """With a learning rate that overshoots, the best step is the first: what was seen there must stay as it was."""
+    seen = []
+
+    class Keep(Callback):
+        def on_step(self, record, hparams):
+            seen.append(hparams["t"])
+
+    overshooting = functools.partial(torch.optim.SGD, lr=1.05)
+    result = fit(Free(), num_steps=4, optimizer=overshooting, callbacks=[Keep()])
+    assert result.summary["best"]["step"] == 0
+    assert float(result.hparams["t"]) == pytest.approx(0.3) == float(result.params["w"])
+    assert [float(value) for value in seen] == pytest.approx([r["hparams.t"] for r in result.history])
+    assert not result.hparams["t"].requires_grad
+
+
+def test_the_best_hyperparameters_survive_a_resume(tmp_path):
+    from safetensors.torch import load_file
+
+    def go(directory, num_steps, **how):
+        optimizer = functools.partial(torch.optim.SGD, lr=1.05)
+        run(Free(), LBFGS(), Implicit(), optimizer, Trainer(num_steps=num_steps, checkpoint_every=1), directory, **how)
+        return load_file(directory / "hparams.safetensors"), load_file(directory / "hparams_last.safetensors")
+
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    whole = go(tmp_path / "a", 6)
+    go(tmp_path / "b", 2)
+    resumed = go(tmp_path / "b", 6, resume=True)
+    for one, other in zip(whole, resumed, strict=True):
+        assert torch.equal(one["t"], other["t"])
+    assert float(whole[0]["t"]) == pytest.approx(0.3) and float(whole[1]["t"]) != float(whole[0]["t"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"clip_norm": math.nan}, {"min_improvement": math.nan}, {"patience": 1.5}, {"num_steps": 2.5}],
+    ids=str,
+)
+def test_settings_that_are_no_numbers_of_the_right_kind_are_refused(options):
+    with pytest.raises(UsageError, match=rf"trainer\.{next(iter(options))} must be"):
+        Trainer(**options)
+
+
+def test_a_simplex_start_may_come_from_float32():
+    from bilevel.constraints import Bijections
+
+    start = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float32).double()
+    raw = Bijections.of({"mix": Simplex()}, ["mix"]).to_raw({"mix": start})["mix"]
+    torch.testing.assert_close(Simplex().to_natural(raw), start, rtol=1e-6, atol=0)
+    with pytest.raises(UsageError, match="'mix' was expected to be positive with sum 1 .*is a single number"):
+        Simplex().to_raw(torch.tensor(1.0), "mix")

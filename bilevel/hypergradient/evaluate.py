@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bilevel.constraints import Bijections
+from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem, StepBatches, natural_hparams
 from bilevel.hypergradient.implicit import Implicit
 from bilevel.hypergradient.method import HypergradientMethod
@@ -60,7 +62,8 @@ def hypergradient_at(
         step: number of the outer step, which minibatches are a function of.
 
     Raises:
-        UsageError: a hyperparameter is out of the method's reach, or the parts do not fit each other.
+        UsageError: `hparams` are not those of the problem or outside their constraints, one is out of the method's reach,
+            or the parts do not fit each other.
 
     Example:
         >>> from bilevel import Problem, hypergradient_at
@@ -78,7 +81,9 @@ def hypergradient_at(
         (0.125, 'converged')
     """
     method, solver = method or Implicit(), solver or default_solver(problem)
-    at = natural_hparams(problem) if hparams is None else problem.place(flatten_names(hparams))
+    declared = natural_hparams(problem)
+    at = declared if hparams is None else _checked(problem.place(flatten_names(hparams)), declared)
+    Bijections.of(problem.constraints, list(at)).to_raw(at)  # raises where a value is outside its set
     at = detach(at)
     flat, batches = FlatProblem.of(problem, at), StepBatches(problem, step)
     method.check(solver)
@@ -89,3 +94,17 @@ def hypergradient_at(
     return Evaluation(
         result.gradient, result.receipt, flat.unravel(result.params), result.outer_loss, result.inner_loss
     )
+
+
+def _checked(given: TensorDict, declared: TensorDict) -> TensorDict:
+    """The given hyperparameters, if they have names, shapes and dtypes of the problem's own."""
+    if set(given) != set(declared):
+        raise UsageError(f"hparams were expected to be {sorted(declared)}, but are {sorted(given)}.")
+    for name, value in given.items():
+        own = declared[name]
+        if value.shape != own.shape or value.dtype != own.dtype:
+            raise UsageError(
+                f"hyperparameter '{name}' was expected to have shape {tuple(own.shape)} and dtype {own.dtype}, but has "
+                f"{tuple(value.shape)} and {value.dtype}."
+            )
+    return {name: given[name] for name in declared}

@@ -76,7 +76,7 @@ class ForwardMode(HypergradientMethod):
             return split_state(solver.init(z, objective, h))
 
         floats, state_tangents, others = _push(begin, (x, at), (tangents, basis))
-        result, number, first = None, 0, None
+        result, number = None, 0
         for number in range(1, solver.max_steps + 1):
             objective = problem.objective(batches.inner(number - 1))
 
@@ -88,8 +88,8 @@ class ForwardMode(HypergradientMethod):
             (new_x, new_floats), (new_tangents, new_state_tangents), rest = _push(
                 partial(step, others=others, loss=objective), (x, floats, at), (tangents, state_tangents, basis)
             )
-            first = rest if first is None else first
-            result = verdict(solver, rest, first)
+            rest.setdefault("first_stationarity", rest["stationarity"])
+            result = verdict(solver, rest)
             if result is not InnerResult.nonfinite:
                 x, tangents, state_tangents = new_x, new_tangents, new_state_tangents
                 floats, others = new_floats, rest

@@ -12,7 +12,7 @@ from bilevel.errors import UsageError
 from bilevel.linalg.matrix import MatrixOperator
 from bilevel.linalg.operator import SYMMETRIC, LinearOperator, Tag, as_matrix, norm
 from bilevel.linalg.solver import LinearSolver, check_vector
-from bilevel.linalg.system import worthless_level
+from bilevel.linalg.system import rounding_level, worthless_level
 from bilevel.result import Result, Solution
 
 
@@ -80,17 +80,34 @@ class _DenseSolver(LinearSolver):
             value = self.backsolve(state, vector)
             zero = (vector == 0).all(-1, keepdim=True)
             value = torch.where(zero | bad.unsqueeze(-1), 0.0, value)
-            residual = vector - (state.matrix @ value.unsqueeze(-1)).squeeze(-1)
+            residual = _residual(state.matrix, value, vector)
             result = torch.where(bad, state.defect, Result.converged.code)
             # A residual that is not even small is the mark of a matrix whose pivots only rounding kept from vanishing.
-            worthless = worthless_level(vector.shape[-1], vector.dtype) * norm(state.operator, vector)
+            size = norm(state.operator, vector)
+            level, worthless = (of(vector.shape[-1], vector.dtype) * size for of in (rounding_level, worthless_level))
             residual_norm = norm(state.operator, residual)
-            result = torch.where(~bad & (residual_norm > worthless), Result.singular.code, result)
+            # So is a solution so large that rounding its product with A could leave that much, unless it is exact.
+            grown = torch.linalg.matrix_norm(state.matrix) * norm(state.operator, value)
+            large = rounding_level(vector.shape[-1], vector.dtype) * grown > worthless
+            singular = (residual_norm > worthless) | (large & (residual_norm > level))
+            result = torch.where(~bad & singular, Result.singular.code, result)
             result = torch.where(value.isfinite().all(-1) & vector.isfinite().all(-1), result, Result.nonfinite.code)
             result = torch.where(zero.squeeze(-1), Result.converged.code, result)
             nan = torch.full(vector.shape[:-1], torch.nan, dtype=vector.dtype, device=vector.device)
             num_mv = torch.full_like(result, state.num_mv)
             return Solution(value, result, num_mv, residual_norm, nan, nan)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """Float64, where the device has it."""
+    return tensor.dtype if tensor.device.type == "mps" else torch.float64
+
+
+def _residual(matrix: Tensor, value: Tensor, vector: Tensor) -> Tensor:
+    """`b - A x`, computed in float64: what is left of float32 numbers that nearly cancel is rounding."""
+    wide = _wide(vector)
+    product = (matrix.to(wide) @ value.to(wide).unsqueeze(-1)).squeeze(-1)
+    return (vector.to(wide) - product).to(vector.dtype)
 
 
 def _vanishing(pivots: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class IterativeSolver(LinearSolver):
         name = type(self).__name__
         if self.rtol is not None and not 0 <= self.rtol < 1:
             raise UsageError(f"{name} needs rtol in [0, 1) or None (a budget of max_steps), but got {self.rtol}.")
-        if self.atol < 0:
+        if not self.atol >= 0:
             raise UsageError(f"{name} needs atol >= 0, but got {self.atol}.")
         if self.max_steps < 1:
             raise UsageError(

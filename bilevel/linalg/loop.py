@@ -193,12 +193,13 @@ class Loop:
             if look.last:
                 self._finish(self.running, Result.budget_spent)
             return
+        # First of all: of an iterate this large no residual can be known in this precision, small as it may have come out.
+        self._finish(look.at & ~look.broken & (self._rounding(look.iterate) > self.worthless), Result.singular)
         reached = look.norm <= torch.maximum(self.tolerance, self._attainable(look.iterate))
         self._finish(look.at & reached & ~look.broken, Result.converged)
         self._finish_least_squares(look)
         self._finish(look.failed, look.status)
         self._finish(look.broken, Result.nonfinite)
-        self._finish(look.at & (self._rounding(look.iterate) > self.worthless), Result.singular)
         false = look.claim & self.running
         self.strikes = torch.where(false, torch.where(look.halved, 0, self.strikes + 1), self.strikes)
         self._finish(false & (self.strikes >= MAX_STRIKES), Result.stagnated)
@@ -260,7 +261,7 @@ class Loop:
         claim = look.claim & self.running
         if self.solver.square or look.residual is None or not bool(claim.any()):
             return
-        slope = self.system.norm(self.system.transposed_mv(look.residual))
+        slope = norm(self.system.operator, self.system.transposed_mv(look.residual))  # safe from underflow
         self._charge(claim)
         self._finish(claim & (slope <= 2 * self._optimality() * self.gain * look.norm), Result.least_squares)
 

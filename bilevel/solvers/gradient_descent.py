@@ -39,7 +39,7 @@ class GradientDescent(InnerSolver):
     def __post_init__(self) -> None:
         """Validate the numbers."""
         super().__post_init__()
-        if not isinstance(self.learning_rate, str) and self.learning_rate <= 0:
+        if not isinstance(self.learning_rate, str) and not 0 < self.learning_rate < float("inf"):
             raise UsageError(f"GradientDescent needs learning_rate > 0, but got {self.learning_rate}.")
         if not isinstance(self.momentum, str) and not 0 <= self.momentum < 1:
             raise UsageError(f"GradientDescent needs momentum in [0, 1), but got {self.momentum}.")

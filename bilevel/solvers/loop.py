@@ -56,10 +56,10 @@ class InnerSolution:
     num_mv: int
 
 
-def verdict(solver: InnerSolver, state: State, first: State) -> InnerResult | None:
-    """Whether the loop ends at this state, and how; `first` is the state after the first step."""
-    stationarity = state["stationarity"]
-    if not bool((stationarity <= GROWTH * first["stationarity"].clamp(min=1.0)).all()):
+def verdict(solver: InnerSolver, state: State) -> InnerResult | None:
+    """Whether the loop ends at this state, and how; growth counts from the state's `first_stationarity`."""
+    stationarity, first = state["stationarity"], state["first_stationarity"]
+    if not bool(((stationarity <= GROWTH * first.clamp(min=1.0)) & (stationarity < torch.inf)).all()):
         return InnerResult.diverged if bool(stationarity.isfinite().all()) else InnerResult.nonfinite
     if bool(solver.done(state).all()):
         return InnerResult.converged
@@ -104,11 +104,11 @@ def run(
     at = (lambda _: loss) if isinstance(loss, Objective) else loss
     limit = solver.max_steps if max_steps is None else max_steps
     state = solver.init(params, at(0), hparams) if state is None else state
-    result, number, first = None, 0, None
+    result, number = None, 0
     for number in range(1, limit + 1):
         new_params, new_state = solver.step(params, state, at(number - 1), hparams)
-        first = new_state if first is None else first
-        result = verdict(solver, new_state, first)
+        new_state.setdefault("first_stationarity", new_state["stationarity"])  # carried: a loop in pieces is one loop
+        result = verdict(solver, new_state)
         if result is not InnerResult.nonfinite:
             params, state = new_params, new_state
         if result is not None:

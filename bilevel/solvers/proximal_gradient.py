@@ -89,7 +89,7 @@ class ProximalGradient(InnerSolver):
     def __post_init__(self) -> None:
         """Validate the numbers."""
         super().__post_init__()
-        if not isinstance(self.learning_rate, str) and self.learning_rate <= 0:
+        if not isinstance(self.learning_rate, str) and not 0 < self.learning_rate < float("inf"):
             raise UsageError(f"ProximalGradient needs learning_rate > 0, but got {self.learning_rate}.")
 
     @property

@@ -96,7 +96,7 @@ def split_state(state: State) -> tuple[dict[str, Tensor], State]:
     """The part of a state that derivatives flow through (floating-point tensors, no measurements), and the rest."""
     moving = {
         key: value for key, value in state.items()
-        if isinstance(value, Tensor) and value.is_floating_point() and key != "stationarity"
+        if isinstance(value, Tensor) and value.is_floating_point() and "stationarity" not in key
     }  # fmt: skip
     return moving, {key: value for key, value in state.items() if key not in moving}
 

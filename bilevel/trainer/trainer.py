@@ -48,13 +48,14 @@ class Trainer:
     def __post_init__(self) -> None:
         """Validate the numbers."""
         for name in ("num_steps", "max_nonfinite", "checkpoint_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"trainer.{name} must be at least 1, but is {getattr(self, name)}.")
-        for name in ("clip_norm", "patience"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UsageError(f"trainer.{name} must be above 0 or null, but is {value}.")
-        if self.min_improvement < 0:
+            if not isinstance(value, int) or value < 1:
+                raise UsageError(f"trainer.{name} must be an integer of at least 1, but is {value}.")
+        if self.patience is not None and (not isinstance(self.patience, int) or self.patience < 1):
+            raise UsageError(f"trainer.patience must be an integer of at least 1, or null, but is {self.patience}.")
+        if self.clip_norm is not None and not self.clip_norm > 0:  # NaN is not above 0, either
+            raise UsageError(f"trainer.clip_norm must be above 0 or null, but is {self.clip_norm}.")
+        if not self.min_improvement >= 0:
             raise UsageError(f"trainer.min_improvement must be at least 0, but is {self.min_improvement}.")
 
     def steps(self, setup: Setup, state: TrainState, callbacks: Sequence[Callback] = ()) -> Iterator[Record]:
