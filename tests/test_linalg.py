@@ -429,18 +429,19 @@ def test_an_indefinite_operator_is_reported_by_conjugate_gradient_and_solved_by_
     assert bool((solution.curvature_min < 0).all()) and bool((solution.curvature_max > 0).all())
 
 
-def test_cg_returns_what_it_found_before_it_met_negative_curvature():
+@pytest.mark.parametrize("budget", [{}, {"rtol": None, "max_steps": 3}, {"rtol": None, "max_steps": 50}], ids=str)
+def test_cg_returns_what_it_found_before_it_met_negative_curvature(budget):
     """The iterate, which lowers the quadratic, even where its residual is larger than that of the start."""
     eigenvalues = torch.tensor([1.0, 100.0, -0.01])
-    vector = torch.tensor([1.0, 1.0, 0.1])
-    solver = ConjugateGradient(**TIGHT)
+    vector = torch.tensor([1.0, 0.1, 1.0])
+    solver = ConjugateGradient(**{**TIGHT, **budget})
     solution = solver.compute(solver.init(MatrixOperator(torch.diag(eigenvalues), SYMMETRIC)), vector)
     assert solution.worst is Result.negative_curvature
     steps = [ConjugateGradient(rtol=None, max_steps=k) for k in (1, 2)]
     iterates = [s.compute(s.init(MatrixOperator(torch.diag(eigenvalues), SYMMETRIC)), vector).value for s in steps]
     assert torch.equal(solution.value, iterates[1])
     energy = 0.5 * (eigenvalues * solution.value.square()).sum() - vector @ solution.value
-    assert float(energy) < -0.4 and float(solution.residual_norm) > float(vector.norm()) * 0.01
+    assert float(energy) < -0.4 and float(solution.residual_norm) > float(vector.norm())
 
 
 @pytest.mark.parametrize("degree", [1, 2, 3, 4])

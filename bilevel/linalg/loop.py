@@ -175,12 +175,14 @@ class Loop:
         """Remember the best iterates, and when residuals last halved."""
         self.halved_norm = torch.where(look.halved, look.norm, self.halved_norm)
         self.halved_at = torch.where(look.halved, look.number, self.halved_at)
-        # The answer to a budget is its last iterate, not the one of least residual.
-        better = look.at & (look.norm < self.best_norm)
+        if (
+            look.last and self.tolerance is None
+        ):  # the answer to a budget is its last iterate, not that of least residual
+            better = look.at & ~look.failed & ~look.broken
+        else:
+            better = look.at & (look.norm < self.best_norm)
         # What CG has found before it meets negative curvature lowers the quadratic, whatever the residual does.
         better = better | (look.failed & (look.status == Result.negative_curvature.code))
-        if look.last and self.tolerance is None:
-            better = look.at & ~look.failed & ~look.broken
         self.best = torch.where(columns(better), look.iterate, self.best)
         self.best_norm = torch.where(better, look.norm, self.best_norm)
         self.floor = self._attainable(self.best)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,9 +35,9 @@ class Fit:
     """
 
     hparams: TensorDict
-    params: TensorDict
-    history: list[Record]
-    summary: dict[str, Any]
+    params: TensorDict = field(repr=False)
+    history: list[Record] = field(repr=False)
+    summary: dict[str, Any] = field(repr=False)
 
 
 def fit(
