@@ -174,7 +174,7 @@ def test_the_adapter_equals_torch_optim_run_directly(optimizer):
 
 def test_lbfgs_and_newton_solve_rosenbrock_in_few_steps():
     start = torch.tensor([[-1.2, 1.0], [3.0, -2.0]])
-    for solver, most in ((LBFGS(max_steps=200, atol=1e-9), 80), (NewtonCG(max_steps=100, atol=1e-9), 70)):
+    for solver, most in ((LBFGS(max_steps=200, atol=1e-9), 80), (NewtonCG(max_steps=100, atol=1e-9), 40)):
         solution = solve(solver, Objective(rosenbrock), start)
         assert solution.result is InnerResult.converged and solution.num_steps <= most
         torch.testing.assert_close(solution.params, torch.ones(2, 2), rtol=0, atol=1e-8)

@@ -267,10 +267,11 @@ def test_an_inner_solve_that_failed_is_told_with_its_gradient(name: str, capsys:
     both = {"inner_result": name, "stationarity": 0.25, "linear_result": "singular"}
     troubled([both, {"inner_result": name, "stationarity": 7.0}, both])
     lines = [line for line in capsys.readouterr().out.splitlines() if "solve" in line]
+    hint = " (no lower loss in this precision: try dtype=float64, or a larger atol)" if name == "stagnated" else ""
     assert lines == [
-        f"step 0: the inner solve ended with {name}, and the norm of its gradient is 0.2500",
+        f"step 0: the inner solve ended with {name}{hint}, and the norm of its gradient is 0.2500",
         f"step 0: the linear solve ended with singular: {Result.singular.value}",
-        f"3 of 3 steps: the inner solve ended with {name}",
+        f"3 of 3 steps: the inner solve ended with {name}{hint}",
         "2 of 3 steps: the linear solve ended with singular",
     ]
 

@@ -18,8 +18,8 @@ from bilevel.solvers.solver import InnerSolver, State, fresh_state, row_norm
 class NewtonCG(InnerSolver):
     r"""Newton-CG: `H d = -∇f` solved to `min(1/2, √‖∇f‖)`, which makes it superlinear, then a line search.
 
-    Where CG meets negative curvature its last iterate is taken, or the steepest descent if there is none. Each outer
-    iteration costs one gradient with its graph, a few Hessian-vector products and the line search. Needs the full batch.
+    Where CG meets negative curvature its last iterate is taken if the model is less steep there, else steepest descent.
+    Each step costs one gradient with its graph, a few Hessian-vector products and the line search. Needs the full batch.
 
     Args:
         max_steps: largest number of Newton steps.
@@ -67,8 +67,9 @@ class NewtonCG(InnerSolver):
             forcing = float(size.sqrt().clamp(max=0.5).min())
             solver = ConjugateGradient(rtol=min(0.5, forcing), max_steps=self.max_products)
             solution = solver.compute(solver.init(hessian), -start.gradient)
-            still = (solution.value == 0).all(-1, keepdim=True)
-            direction = torch.where(still, -start.gradient, solution.value)
+            # Cut short by negative curvature, CG may stand where the model is steeper than at its start.
+            steepest = (solution.value == 0).all(-1) | (solution.residual_norm >= size)
+            direction = torch.where(steepest.unsqueeze(-1), -start.gradient, solution.value)
             end, moved, trials = search(loss, start, direction, hparams)
             # Both gradients are rounded in their own way: near rounding level one that seems lower may be no progress.
             gained = moved & ((end.value < start.value) | (row_norm(end.gradient) < state["stationarity"]))

@@ -52,7 +52,8 @@ def _troubles(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     linear, inner = record.get("receipt.linear_result"), record.get("receipt.inner_result")
     if inner not in successes:
         stationarity = number(record.get("receipt.stationarity"))
-        found.append((f"the inner solve ended with {inner}", f", and the norm of its gradient is {stationarity}"))
+        hint = " (no lower loss in this precision: try dtype=float64, or a larger atol)" if inner == "stagnated" else ""
+        found.append((f"the inner solve ended with {inner}{hint}", f", and the norm of its gradient is {stationarity}"))
     if linear not in successes:
         known = Result.__members__.get(str(linear))
         found.append((f"the linear solve ended with {linear}", f": {known.value}" if known is not None else ""))
