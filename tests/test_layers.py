@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # What each part of `bilevel` may import besides itself; `bilevel/__init__.py` and `__main__.py` are the parts of these
 # names. Whatever is below a part is listed by its layer; a part that is missing here is an error, so that nobody adds one
 # without saying where it belongs.
-BASE = {"errors", "jsonable", "outcome", "tree", "result", "rng", "autodiff"}
+BASE = {"errors", "jsonable", "outcome", "tree", "result", "rng", "autodiff", "purity"}
 LINALG = BASE | {"linalg"}
 CORE = LINALG | {"implicit", "solvers"}
 PROBLEM = CORE | {"problem", "constraints", "flat", "receipt"}
@@ -30,13 +30,16 @@ ALLOWED: dict[str, set[str]] = {
     "problem": CORE | {"constraints"},
     "flat": CORE | {"constraints", "problem"},
     "receipt": PROBLEM,
-    "hypergradient": PROBLEM,
+    "linearisation": PROBLEM,
+    "preconditioner": PROBLEM | {"linearisation"},
+    "hypergradient": PROBLEM | {"linearisation", "preconditioner"},
     "data": BASE,
     "problems": PROBLEM | {"data"},
     "trainer": PROBLEM | {"hypergradient", "data"},
+    "diagnostics": PROBLEM | {"linearisation", "preconditioner", "hypergradient"},
     "tracking": BASE,
     "report": BASE | {"tracking"},
-    "cli": PROBLEM | {"hypergradient", "data", "problems", "trainer", "tracking", "report"},
+    "cli": PROBLEM | {"hypergradient", "data", "problems", "trainer", "tracking", "report", "diagnostics"},
     "__main__": {"cli"},
     "__init__": set(),  # its names are loaded when they are first used
 }

@@ -16,12 +16,11 @@ from bilevel.hypergradient.method import (
     HypergradientMethod,
     MethodState,
     describe,
-    inner_value,
-    leaves,
     outer_gradients,
     solve_inner,
     starting_point,
 )
+from bilevel.linearisation import inner_value, leaves
 from bilevel.receipt import Receipt
 from bilevel.solvers import InnerSolver
 from bilevel.tree import TensorDict, detach
@@ -85,7 +84,7 @@ class FiniteDifference(HypergradientMethod):
         facts = describe(inner)
         facts["inner_gradients"] += 3
         receipt = Receipt(**facts, biased=("one virtual step and a finite difference stand for the inverse Hessian",))
-        value = inner_value(problem, inner.params, detach(hparams), batches)
+        value = inner_value(problem, inner.params, detach(hparams), batches.curvature)
         return Hypergradient(gradient, inner.params.detach(), {}, receipt, outer, value)
 
 

@@ -18,10 +18,9 @@ from bilevel.hypergradient.method import (
     Hypergradient,
     HypergradientMethod,
     MethodState,
-    inner_value,
-    leaves,
     outer_gradients,
 )
+from bilevel.linearisation import inner_value, leaves
 from bilevel.receipt import Receipt
 from bilevel.solvers import InnerResult, InnerSolver
 from bilevel.solvers.loop import verdict
@@ -104,7 +103,7 @@ class ForwardMode(HypergradientMethod):
             inner_products=number * layout.size,
             inner_result=(result or InnerResult.max_steps).name,
         )
-        value = inner_value(problem, x, at, batches)
+        value = inner_value(problem, x, at, batches.curvature)
         return Hypergradient(layout.unravel(total), x.detach(), {}, receipt, outer, value)
 
 

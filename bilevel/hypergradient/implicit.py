@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import grad
 
 from bilevel.flat import FlatProblem, StepBatches
 from bilevel.hypergradient.method import (
@@ -16,17 +15,15 @@ from bilevel.hypergradient.method import (
     HypergradientMethod,
     MethodState,
     describe,
-    inner_value,
-    leaves,
     outer_gradients,
     solve_inner,
     starting_point,
 )
-from bilevel.linalg import ConjugateGradient, HessianOperator, JacobianOperator, LinearOperator, LinearSolver
+from bilevel.linalg import ConjugateGradient, LinearSolver
+from bilevel.linearisation import linearise
 from bilevel.receipt import Receipt
 from bilevel.result import Result, Solution
 from bilevel.solvers import InnerSolver
-from bilevel.tree import TensorDict
 
 
 @dataclass(frozen=True)
@@ -70,40 +67,23 @@ class Implicit(HypergradientMethod):
             start = starting_point(problem, params, hparams, self.warm_start)
             inner = solve_inner(problem, solver, start, hparams, batches)
         outer, by_params, direct = outer_gradients(problem, inner.params, hparams, batches)
-        operator, optimality, at, value = linearise(problem, solver, inner.params, hparams, batches)
-        prepared = self.linear_solver.init(operator)
+        at = linearise(problem, solver, inner.params, hparams, batches.curvature)
+        prepared = self.linear_solver.init(at.operator)
         # F's own system is with A^T: the same for a Hessian, not for the Jacobian of an optimality.
         solution = self.linear_solver.compute(
             self.linear_solver.transpose(prepared), by_params, x0=state.get("adjoint")
         )
-        mixed = grad(optimality, list(at.values()), -solution.value, materialize_grads=True) if at else ()
-        gradient = {name: direct[name] + part for name, part in zip(at, mixed, strict=True)}
+        gradient = {name: direct[name] - part for name, part in at.mixed(solution.value).items()}
         biased = (f"{type(self.linear_solver).__name__} replaces the inverse Hessian",) * self.linear_solver.biased
         if batches.curvature is not None:
             biased += ("the Hessian is that of one minibatch",)
         receipt = Receipt(
-            **{**describe(inner), "stationarity": float(optimality.detach().norm(dim=-1).max())},
+            **{**describe(inner), "stationarity": float(at.stationarity.max())},
             **describe_linear(solution, by_params),
             biased=biased,
         )
         new_state = {"adjoint": solution.value} if self.warm_start_linear else {}
-        return Hypergradient(gradient, inner.params.detach(), new_state, receipt, outer, value)
-
-
-def linearise(
-    problem: FlatProblem, solver: InnerSolver, params: Tensor, hparams: Mapping[str, Tensor], batches: StepBatches
-) -> tuple[LinearOperator, Tensor, TensorDict, float]:
-    """The optimality at a point with its graph: the operator `∂F/∂x`, `F`, the hyperparameter leaves, the inner loss."""
-    objective = solver.conditions(problem.objective(batches.curvature))
-    with torch.enable_grad():
-        leaf, at = params.detach().requires_grad_(), leaves(hparams)
-        if objective.loss is None:
-            assert objective.optimality is not None
-            jacobian = JacobianOperator.from_output(objective.optimality(leaf, at), leaf)
-            return jacobian, jacobian.output, at, inner_value(problem, params, hparams, batches)
-        value = objective.loss(leaf, at)
-        (gradient,) = grad(value.sum(), leaf, create_graph=True, materialize_grads=True)
-    return HessianOperator.from_gradient(gradient, leaf), gradient, at, float(value.detach().mean())
+        return Hypergradient(gradient, inner.params.detach(), new_state, receipt, outer, at.inner_loss)
 
 
 def describe_linear(solution: Solution, rhs: Tensor) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem, StepBatches
+from bilevel.linearisation import leaves
 from bilevel.receipt import Receipt
 from bilevel.solvers import InnerSolution, InnerSolver, run
-from bilevel.tree import TensorDict, detach
+from bilevel.tree import TensorDict
 
 MethodState = dict[str, Tensor]
 
@@ -120,11 +121,6 @@ def starting_point(problem: FlatProblem, params: Tensor, hparams: Mapping[str, T
     return params.detach() if warm_start else problem.start(hparams)
 
 
-def leaves(hparams: Mapping[str, Tensor]) -> TensorDict:
-    """Fresh leaves that require gradients."""
-    return {name: value.requires_grad_() for name, value in detach(hparams).items()}
-
-
 def outer_gradients(
     problem: FlatProblem, params: Tensor, hparams: Mapping[str, Tensor], batches: StepBatches
 ) -> tuple[float, Tensor, TensorDict]:
@@ -134,15 +130,6 @@ def outer_gradients(
         loss = problem.outer_loss(leaf, direct, batches.outer).mean()
         by_params, *by_hparams = torch.autograd.grad(loss, [leaf, *direct.values()], materialize_grads=True)
     return float(loss.detach()), by_params, dict(zip(direct, by_hparams, strict=True))
-
-
-def inner_value(problem: FlatProblem, params: Tensor, hparams: Mapping[str, Tensor], batches: StepBatches) -> float:
-    """Mean inner loss on the curvature batch; NaN for a problem without one."""
-    objective = problem.objective(batches.curvature)
-    if objective.loss is None:
-        return float("nan")
-    with torch.no_grad():
-        return float(objective.loss(params, hparams).mean())
 
 
 def describe(solution: InnerSolution) -> dict[str, Any]:

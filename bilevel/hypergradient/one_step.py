@@ -16,12 +16,11 @@ from bilevel.hypergradient.method import (
     HypergradientMethod,
     MethodState,
     describe,
-    inner_value,
-    leaves,
     outer_gradients,
     solve_inner,
     starting_point,
 )
+from bilevel.linearisation import inner_value, leaves
 from bilevel.receipt import Receipt
 from bilevel.solvers import InnerSolver
 from bilevel.tree import detach
@@ -68,5 +67,5 @@ class OneStep(HypergradientMethod):
         facts = describe(inner)
         facts["inner_gradients"] += 1
         receipt = Receipt(**facts, biased=("one inner step stands for the whole iteration",))
-        value = inner_value(problem, stepped.detach(), detach(hparams), batches)
+        value = inner_value(problem, stepped.detach(), detach(hparams), batches.curvature)
         return Hypergradient(gradient, stepped.detach(), {}, receipt, outer, value)

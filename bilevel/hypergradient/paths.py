@@ -11,7 +11,8 @@ from torch.autograd import grad
 
 from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem, StepBatches
-from bilevel.hypergradient.method import Hypergradient, HypergradientMethod, leaves
+from bilevel.hypergradient.method import Hypergradient, HypergradientMethod
+from bilevel.linearisation import leaves
 from bilevel.result import Result
 from bilevel.solvers import InnerSolver
 

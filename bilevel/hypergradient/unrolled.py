@@ -17,12 +17,11 @@ from bilevel.hypergradient.method import (
     HypergradientMethod,
     MethodState,
     describe,
-    inner_value,
-    leaves,
     outer_gradients,
     solve_inner,
     starting_point,
 )
+from bilevel.linearisation import inner_value, leaves
 from bilevel.receipt import Receipt
 from bilevel.solvers import InnerResult, InnerSolution, InnerSolver
 from bilevel.solvers.solver import State, split_state
@@ -92,7 +91,7 @@ class Unrolled(HypergradientMethod):
             total = made
         params = inner.params.detach()
         biased = () if skipped is None else (f"only the last {inner.num_steps} of {made} steps are recorded",)
-        value = inner_value(problem, params, detach(hparams), batches)
+        value = inner_value(problem, params, detach(hparams), batches.curvature)
         receipt = Receipt(**{**describe(inner), "inner_steps": made}, biased=biased)
         return Hypergradient(gradient, params, {}, receipt, outer, value)
 

@@ -1,0 +1,92 @@
+"""An inner problem linearised at a point: one graph serves all products with `∂F/∂x` and `∂F/∂θ`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import grad
+
+from bilevel.flat import FlatProblem
+from bilevel.linalg import HessianOperator, JacobianOperator, LinearOperator
+from bilevel.solvers import InnerSolver
+from bilevel.tree import TensorDict, detach
+
+
+@dataclass(frozen=True)
+class Linearisation:
+    """The optimality `F(x, θ)` of an inner problem at a point, with its graph.
+
+    Attributes:
+        problem: the problem.
+        batch: the inner batch that `F` is evaluated on; None for the full one.
+        params: `x`, a leaf of the graph, `(n,)` or `(num_tasks, n)`.
+        hparams: `θ` in natural units, leaves of the graph.
+        operator: `∂F/∂x`, the Hessian of the inner loss where there is one.
+        optimality: `F(x, θ)`, shaped like `params`.
+        inner_loss: mean over tasks; NaN for a problem without one.
+    """
+
+    problem: FlatProblem
+    batch: Any
+    params: Tensor
+    hparams: TensorDict
+    operator: LinearOperator
+    optimality: Tensor
+    inner_loss: float
+
+    @property
+    def stationarity(self) -> Tensor:
+        """Norm of the optimality of each task, `(*batch,)`."""
+        return self.optimality.detach().norm(dim=-1)
+
+    def mixed(self, vector: Tensor) -> TensorDict:
+        """`(∂F/∂θ)^T v`, by names, summed over tasks: one backward pass through the graph."""
+        if not self.hparams or not self.optimality.requires_grad:
+            return {name: torch.zeros_like(value) for name, value in self.hparams.items()}
+        parts = grad(self.optimality, list(self.hparams.values()), vector, retain_graph=True, materialize_grads=True)
+        return dict(zip(self.hparams, parts, strict=True))
+
+
+def linearise(
+    problem: FlatProblem, solver: InnerSolver, params: Tensor, hparams: Mapping[str, Tensor], batch: Any = None
+) -> Linearisation:
+    """Evaluate the optimality at a point and keep its graph: about two gradients, once.
+
+    Args:
+        problem: the problem between vectors.
+        solver: the inner solver, which knows what vanishes at its solutions.
+        params: where, `(n,)` or `(num_tasks, n)`.
+        hparams: in natural units.
+        batch: the inner batch; None for the full one.
+    """
+    objective = problem.objective(batch)
+    conditions = solver.conditions(objective)
+    with torch.enable_grad():
+        leaf, at = params.detach().requires_grad_(), leaves(hparams)
+        if conditions.loss is None:
+            assert conditions.optimality is not None
+            jacobian = JacobianOperator.from_output(conditions.optimality(leaf, at), leaf)
+            value = inner_value(problem, params, hparams, batch)
+            return Linearisation(problem, batch, leaf, at, jacobian, jacobian.output, value)
+        loss = conditions.loss(leaf, at)
+        (gradient,) = grad(loss.sum(), leaf, create_graph=True, materialize_grads=True)
+    hessian = HessianOperator.from_gradient(gradient, leaf)
+    return Linearisation(problem, batch, leaf, at, hessian, gradient, float(loss.detach().mean()))
+
+
+def inner_value(problem: FlatProblem, params: Tensor, hparams: Mapping[str, Tensor], batch: Any) -> float:
+    """Mean inner loss over tasks; NaN for a problem without one."""
+    objective = problem.objective(batch)
+    if objective.loss is None:
+        return float("nan")
+    with torch.no_grad():
+        return float(objective.loss(params, hparams).mean())
+
+
+def leaves(hparams: Mapping[str, Tensor]) -> TensorDict:
+    """Fresh leaves that require gradients."""
+    return {name: value.requires_grad_() for name, value in detach(hparams).items()}

@@ -1,0 +1,54 @@
+"""The contract of a preconditioner: from an inner problem at its solution to an operator close to the inverse Hessian."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bilevel.linalg import LinearOperator
+from bilevel.linearisation import Linearisation
+from bilevel.solvers import InnerSolution
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A preconditioner for one linear solve.
+
+    Attributes:
+        operator: approximates the inverse of the linearisation's operator; symmetric positive definite.
+        state: tensors from which `Preconditioner.restore` makes the operator again in later outer steps.
+        num_mv: matrix-vector products spent on it.
+    """
+
+    operator: LinearOperator
+    state: State
+    num_mv: int = 0
+
+
+class Preconditioner(ABC):
+    """A way to approximate the inverse of the inner Hessian.
+
+    Building may cost products; what was built is tensors, kept across outer steps and checkpoints, and used again while
+    it still serves.
+    """
+
+    @abstractmethod
+    def build(self, at: Linearisation, inner: InnerSolution | None) -> Prepared:
+        """Make one for the operator of `at`.
+
+        Args:
+            at: the inner problem at its solution.
+            inner: the inner solve that led there, whose solver state may hold curvature pairs or second moments;
+                None where there was none.
+
+        Raises:
+            UsageError: the problem or the inner solver lacks what this preconditioner is made of.
+        """
+
+    @abstractmethod
+    def restore(self, at: Linearisation, state: State) -> LinearOperator:
+        """The operator again from the tensors of an earlier `build`, for the operator of `at`; costs no product."""
