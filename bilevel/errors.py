@@ -1,4 +1,4 @@
-"""The one exception that means "the caller can mend this": commands turn it into a sentence and exit status 2."""
+"""Exceptions and warnings that commands turn into one sentence: the user's mistakes, and numbers not to be trusted."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from collections.abc import Iterable
 
 class UsageError(ValueError):
     """A mistake in what the user asked for; the message says what was expected, what came and what to try."""
+
+
+class NumericalError(RuntimeError):
+    """A number that must not be used, refused because a policy or the caller asked for that; the message says what to try."""
+
+
+class ConvergenceWarning(UserWarning):
+    """A result of an iteration that did not reach its tolerance; trackers and receipts tell the same."""
 
 
 def nearest(word: str, names: Iterable[str], otherwise: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,21 @@ from bilevel.solvers import Objective
 from bilevel.tree import Layout, TensorDict, flatten_names
 
 Loss = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Any], Tensor]
+Batched = Callable[[Tensor, Mapping[str, Tensor]], Tensor]  # over the tasks' leading dimension, if there is one
+
+
+class Model(NamedTuple):
+    """An inner loss `mean output_loss(outputs(x)) + penalty(x)` in its parts, each a function of `(tensor, hparams)`.
+
+    Attributes:
+        outputs: `(*batch, n) -> (*batch, m)`, flattened.
+        output_loss: `(*batch, m) -> (*batch,)`, the mean over examples.
+        penalty: `(*batch, n) -> (*batch,)`; None where the problem has none.
+    """
+
+    outputs: Batched
+    output_loss: Batched
+    penalty: Batched | None
 
 
 def natural_hparams(problem: Problem) -> TensorDict:
@@ -76,9 +91,42 @@ class FlatProblem:
         """Outer loss of each task, `(*batch,)`; raises `UsageError` as `objective` does."""
         return self._over_tasks(self.problem.outer_loss, "outer_loss", "outer_batches", batch)(params, hparams)
 
-    def _over_tasks(
-        self, function: Loss, scalar: str | None, source: str, batch: Any
-    ) -> Callable[[Tensor, Mapping[str, Tensor]], Tensor]:
+    def model(self, params: Tensor, hparams: Mapping[str, Tensor], batch: Any) -> Model:
+        """The parts that `inner_loss` is made of: outputs, their mean loss, and the penalty.
+
+        Raises:
+            UsageError: the problem defines no `outputs` and `output_loss`, or an `inner_loss` of its own beside them.
+        """
+        problem = self.problem
+        outputs, output_loss = getattr(problem, "outputs", None), getattr(problem, "output_loss", None)
+        if outputs is None or output_loss is None or type(problem).inner_loss is not Problem.inner_loss:
+            raise UsageError(
+                f"the Gauss-Newton matrix needs a problem whose inner loss is made of outputs and output_loss (and penalty), "
+                f"but {type(problem).__name__} defines inner_loss as a whole: write outputs(params, hparams, batch) and "
+                "output_loss(outputs, hparams, batch) instead, or use the Hessian."
+            )
+        with torch.no_grad():
+            batched = self._tasks(lambda x, h, data: outputs(self.layout.unravel(x), h, data), "inner_batches", batch)
+            shape = batched(params, hparams).shape[self.num_batch :]
+
+        def flat_outputs(x: Tensor, h: Mapping[str, Tensor], data: Any) -> Tensor:
+            value: Tensor = outputs(self.layout.unravel(x), h, data)
+            return value.flatten()
+
+        def mean_loss(flat: Tensor, h: Mapping[str, Tensor], data: Any) -> Tensor:
+            value: Tensor = output_loss(flat.reshape(shape), h, data)
+            return value.mean()
+
+        penalty = getattr(problem, "penalty", None)
+        return Model(
+            outputs=self._tasks(flat_outputs, "inner_batches", batch),
+            output_loss=self._tasks(mean_loss, "inner_batches", batch),
+            penalty=None
+            if penalty is None
+            else self._tasks(lambda x, h, data: penalty(self.layout.unravel(x), h), "inner_batches", batch),
+        )
+
+    def _over_tasks(self, function: Loss, scalar: str | None, source: str, batch: Any) -> Batched:
         def single(x: Tensor, hparams: Mapping[str, Tensor], data: Any) -> Tensor:
             value = function(self.layout.unravel(x), hparams, data)
             if scalar is not None and (not isinstance(value, Tensor) or value.ndim != 0):
@@ -89,6 +137,10 @@ class FlatProblem:
                 )
             return value
 
+        return self._tasks(single, source, batch)
+
+    def _tasks(self, single: Callable[[Tensor, Mapping[str, Tensor], Any], Tensor], source: str, batch: Any) -> Batched:
+        """A function of one task, applied to all of them with their parts of the batch."""
         if self.problem.num_tasks is None:
             return lambda x, hparams: single(x, hparams, batch)
         if batch is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import grad
 
 from bilevel.flat import FlatProblem
-from bilevel.linalg import HessianOperator, JacobianOperator, LinearOperator
+from bilevel.linalg import GaussNewtonOperator, HessianOperator, JacobianOperator, LinearOperator
 from bilevel.solvers import InnerSolver
 from bilevel.tree import TensorDict, detach
 
@@ -49,6 +49,22 @@ class Linearisation:
             return {name: torch.zeros_like(value) for name, value in self.hparams.items()}
         parts = grad(self.optimality, list(self.hparams.values()), vector, retain_graph=True, materialize_grads=True)
         return dict(zip(self.hparams, parts, strict=True))
+
+    def gauss_newton(self) -> LinearOperator:
+        r"""`J^T H_l J` of the outputs plus the penalty's Hessian, at the same point: what stands for an indefinite Hessian.
+
+        Raises:
+            UsageError: the inner loss is not made of `outputs` and `output_loss`.
+        """
+        point, hparams = self.params.detach(), detach(self.hparams)
+        model = self.problem.model(point, hparams, self.batch)
+        operator: LinearOperator = GaussNewtonOperator(
+            lambda x: model.outputs(x, hparams), lambda outputs: model.output_loss(outputs, hparams), point
+        )
+        if model.penalty is not None:
+            penalty = model.penalty
+            operator = operator + HessianOperator(lambda x: penalty(x, hparams), point)
+        return operator
 
 
 def linearise(

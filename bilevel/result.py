@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bilevel.errors import NumericalError
 from bilevel.outcome import Result
 
 __all__ = ["Result", "Solution", "SolveError", "full_codes"]
 
 
-class SolveError(RuntimeError):
+class SolveError(NumericalError):
     """A solve with `throw=True` failed; the message names the result and the figures, `solution` holds the rest."""
 
     def __init__(self, message: str, solution: Solution) -> None:

@@ -62,10 +62,15 @@ def _nodes(content: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def _composed(defaults: Any) -> dict[str, str]:
     """The keys that a defaults list fills from other groups, such as `/linear_solver@linear_solver: cg`.
 
-    An override chooses for another node, such as the inner solver, and fills none of this one.
+    An override chooses for another node, such as the inner solver, and fills none of this one; nor does a node at the
+    top, which is referred to by `${...}`.
     """
     names = [str(key) for entry in defaults if isinstance(entry, Mapping) for key in entry]
-    return {name.partition("@")[2]: "${composed}" for name in names if "@" in name and not name.startswith("override ")}
+    return {
+        name.partition("@")[2]: "${composed}"
+        for name in names
+        if "@" in name and not name.startswith("override ") and "@_global_" not in name
+    }
 
 
 def differences(where: str, node: Mapping[str, Any]) -> list[str]:

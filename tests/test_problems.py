@@ -99,7 +99,7 @@ def test_ten_steps_reach_the_grids_best_from_two_decades_away(factor, seed, grid
     )
     assert len(result.history) <= 10
     assert result.summary["best"]["outer_loss"] <= best["validation_loss"] * (1 + 1e-4)
-    assert result.summary["work"]["inner_gradients"] > 0 and result.summary["work"]["num_mv"] > 0
+    assert result.summary["work"]["inner_gradients"] > 0 and result.summary["work"]["products"] > 0
 
 
 def test_the_main_job_prints_the_grid_and_its_own_work(tmp_path, monkeypatch, capsys):
@@ -124,8 +124,8 @@ def test_the_main_job_prints_the_grid_and_its_own_work(tmp_path, monkeypatch, ca
     figures, best, work = summary["baseline_figures"], summary["best"], summary["work"]
     assert grid[:5] == [f"{figures['validation_loss']:.6f}", f"{figures['test_loss']:.6f}", f"{figures['test_accuracy']:.4f}", "1", "3"]  # fmt: skip
     assert ours[:5] == [f"{best['outer_loss']:.6f}", f"{best['metrics.test_loss']:.6f}", f"{best['metrics.test_accuracy']:.4f}", "1", "3"]  # fmt: skip
-    assert ours[5:7] == [f"{work['inner_gradients']:,}", f"{work['inner_products'] + work['num_mv']:,}"]
-    assert work["inner_gradients"] > 3 and work["inner_products"] > 3 and work["num_mv"] > 3
+    assert ours[5:7] == [f"{work['inner_gradients']:,}", f"{work['inner_products'] + work['products']:,}"]
+    assert work["inner_gradients"] > 3 and work["inner_products"] > 3 and work["products"] > 3
 
 
 def test_640_penalties_beat_the_grid_on_the_validation_split(grids):
@@ -139,7 +139,7 @@ def test_640_penalties_beat_the_grid_on_the_validation_split(grids):
 def test_the_grid_lands_in_the_summary(monkeypatch):
     grid = DigitsGrid(num_points=3, low=1e-4, high=1e-2)
     summary = {"best": {"step": 4, "outer_loss": 0.1, "metrics.test_loss": 0.2, "metrics.test_accuracy": 0.9},
-               "work": {"inner_gradients": 3, "inner_products": 4, "num_mv": 5}, "num_steps": 5, "num_hparams": 1, "step_seconds": 1.0}  # fmt: skip
+               "work": {"inner_gradients": 3, "inner_products": 4, "products": 5}, "num_steps": 5, "num_hparams": 1, "step_seconds": 1.0}  # fmt: skip
     grid.on_end(summary)
     rows = summary["baseline"]["rows"]
     assert rows[0][0] == "grid of 3" and rows[1][-2] == 9

@@ -32,7 +32,7 @@ RUNS = {
     "minibatch": {
         **COMMON, "problem.batch_size": 32, "problem.penalty": "per_feature", "solver": "gradient_descent",
         "solver.max_steps": 20, "solver.atol": 0.0, "solver.momentum": 0.5, "trainer.checkpoint_every": 2,
-        "outer_scheduler": "cosine", "hypergradient.linear_solver.max_steps": 10,
+        "outer_scheduler": "cosine", "linear_solver.max_steps": 10,
     },
 }  # fmt: skip
 TIMES = {"seconds", "eta_seconds"}

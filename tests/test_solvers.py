@@ -1,6 +1,7 @@
 """Inner solvers: known minima single and batched, their own formulas, purity of steps, and how the loop ends."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -137,7 +138,7 @@ def test_gradient_descent_is_the_heavy_ball_formula(rate, momentum, num_steps):
         velocity = momentum * velocity + matrix @ (x - minimiser)
         x = x - rate * velocity
     torch.testing.assert_close(solution.params, x, rtol=1e-12, atol=1e-12)
-    assert solution.result is InnerResult.max_steps
+    assert solution.result is InnerResult.budget_spent
     assert solution.num_steps == solution.num_gradients == num_steps
 
 
@@ -290,10 +291,10 @@ def test_the_loop_stops_when_all_systems_are_stationary():
     assert solution.num_steps > 200  # the slow system decides
 
 
-def test_the_loop_reports_max_steps_and_goes_on_from_a_state():
+def test_the_loop_reports_its_budget_and_goes_on_from_a_state():
     solver = GradientDescent(learning_rate=0.1, momentum=0.5, max_steps=40, atol=0.0)
     whole = solve(solver, QUADRATIC, torch.ones(3))
-    assert whole.result is InnerResult.max_steps and whole.num_steps == 40
+    assert whole.result is InnerResult.budget_spent and whole.num_steps == 40
     first = solve(solver, QUADRATIC, torch.ones(3), max_steps=15)
     second = solve(solver, QUADRATIC, first.params, state=first.state, max_steps=25)
     assert torch.equal(second.params, whole.params) and second.num_gradients == 40
@@ -316,12 +317,37 @@ def test_divergence_is_called_so_long_before_numbers_overflow(learning_rate, max
     assert bool(exploding.params.isfinite().all()) and exploding.num_steps < 200
 
 
+@every_solver
+def test_a_relative_tolerance_counts_from_the_starting_point(solver):
+    objective, _, _ = convex()
+    start = 50.0 * torch.ones(N)
+    first = float(objective.gradient(start, {}).norm())
+    tight = solve(replace(solver, atol=0.0, rtol=1e-3), objective, start)
+    assert tight.result is InnerResult.converged and tight.stationarity <= 1e-3 * first
+    loose = solve(replace(solver, atol=0.0, rtol=0.9), objective, start)
+    assert (
+        loose.stationarity <= 0.9 * first and loose.num_gradients <= tight.num_gradients
+    )  # torch's L-BFGS solves in one step
+
+
+def test_steps_that_end_above_a_tolerance_are_no_budget():
+    solver = GradientDescent(learning_rate=0.01, max_steps=2)
+    assert solve(solver, QUADRATIC, torch.ones(3)).result is InnerResult.max_steps
+    assert solve(replace(solver, atol=0.0, rtol=1e-9), QUADRATIC, torch.ones(3)).result is InnerResult.max_steps
+
+
+@pytest.mark.parametrize("rtol", [-0.1, 1.0, math.nan])
+def test_a_relative_tolerance_lies_between_0_and_1(rtol):
+    with pytest.raises(UsageError, match=r"GradientDescent needs rtol in \[0, 1\)"):
+        GradientDescent(rtol=rtol)
+
+
 def test_growth_from_a_vanishing_gradient_is_no_divergence():
     """A first batch without gradient, a start at rounding level: the growth is relative to one, then."""
     slopes = [1e-100, 1e-12, 5.0, 1.0, 0.1]
     solver = GradientDescent(learning_rate=0.1, atol=0.0, max_steps=5)
     solution = run(solver, lambda k: Objective(lambda x, h: slopes[k] * x.sum(-1)), torch.ones(3), {})
-    assert solution.result is InnerResult.max_steps
+    assert solution.result is InnerResult.budget_spent
 
 
 @pytest.mark.parametrize("solver", [LBFGS(atol=1e-30), NewtonCG(atol=1e-30)], ids=name_of)

@@ -240,12 +240,12 @@ def test_bad_problems_get_one_sentence(change, message):
 
 
 def test_a_failed_linear_solve_is_not_taken_for_a_disconnected_hyperparameter():
-    class Saddle(Shrink):
+    class Flat(Shrink):
         def inner_loss(self, params, hparams, batch):
-            return hparams["penalty"] * params["w"].sum() - params["w"].square().sum()
+            return hparams["penalty"] * params["w"].sum()
 
-    result = fit(Saddle(), solver=GradientDescent(max_steps=1), num_steps=2)
-    assert result.history[0]["receipt.linear_result"] == "negative_curvature"
+    result = fit(Flat(), solver=GradientDescent(max_steps=1), num_steps=2)
+    assert result.history[0]["receipt.linear_result"] == "singular"
     assert result.history[0]["hypergradient_norm"] == 0.0
 
 
@@ -267,9 +267,7 @@ def test_a_disconnected_hyperparameter_is_named_before_anything_is_written(tmp_p
     assert "hparams.rate" in learned.history[0]
 
 
-@pytest.mark.parametrize(
-    "name", ["num_steps", "checkpoint_every", "keep_checkpoints", "max_nonfinite", "patience", "clip_norm"]
-)
+@pytest.mark.parametrize("name", ["num_steps", "checkpoint_every", "keep_checkpoints", "patience", "clip_norm"])
 def test_trainer_refuses_numbers_that_make_no_sense(name):
     with pytest.raises(UsageError, match=f"trainer.{name} must be"):
         Trainer(**{name: 0})

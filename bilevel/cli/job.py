@@ -7,6 +7,7 @@ wrong, there is a folder if and only if a step was recorded in it.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from bilevel.cli.directories import RunDirectory, new_run_directory, read_record
 from bilevel.cli.main import Fruitless, Interrupted, say
 from bilevel.cli.resume import check_unchanged
 from bilevel.cli.settings import Settings
+from bilevel.errors import ConvergenceWarning
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ def run_job(config: DictConfig) -> float:
         check_unchanged(read_record(settings.resume), plain, settings.resume)
     parts = assemble(plain, *settings.apply())
     directory = _open_directory(settings)
+    warnings.simplefilter("ignore", ConvergenceWarning)  # the trackers tell the same, once and in their place
     try:
         if settings.resume is None:
             _write_record(directory.path, plain)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from bilevel.cli.suggest import hint
-from bilevel.errors import UsageError
+from bilevel.errors import NumericalError, UsageError
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         say(str(mistake))
         return 2
-    except Fruitless as failure:
+    except (Fruitless, NumericalError) as failure:
+        if full_errors:
+            raise
         say(str(failure))
         return 1
     except KeyboardInterrupt as stop:

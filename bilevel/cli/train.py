@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bilevel.cli.arguments import Arguments, read_arguments
-from bilevel.errors import UsageError
+from bilevel.errors import NumericalError, UsageError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -126,7 +126,7 @@ def _task(outcome: _Outcome) -> Callable[[DictConfig], Any]:
                 OSError
             ):  # the job's folder, which Hydra makes before the job: only if it is empty
                 Path(HydraConfig.get().runtime.output_dir).rmdir()
-            if isinstance(failure, UsageError | Fruitless):
+            if isinstance(failure, UsageError | NumericalError | Fruitless):
                 say(f"job {HydraConfig.get().job.num}: {failure}")
             else:
                 traceback.print_exc()

@@ -1,17 +1,20 @@
 """Hypergradient methods: one file a method, all with the contract of `method.py`."""
 
+from bilevel.hypergradient.accuracy import Accuracy, FixedAccuracy
 from bilevel.hypergradient.evaluate import Evaluation, default_solver, hypergradient_at
 from bilevel.hypergradient.finite_difference import FiniteDifference
 from bilevel.hypergradient.forward import ForwardMode
 from bilevel.hypergradient.implicit import Implicit
-from bilevel.hypergradient.method import Hypergradient, HypergradientMethod
+from bilevel.hypergradient.method import Hypergradient, HypergradientMethod, differentiate, start_method
 from bilevel.hypergradient.one_step import OneStep
 from bilevel.hypergradient.paths import check_not_all_zero, check_paths, find_paths
 from bilevel.hypergradient.unrolled import Unrolled
 
 __all__ = [
+    "Accuracy",
     "Evaluation",
     "FiniteDifference",
+    "FixedAccuracy",
     "ForwardMode",
     "Hypergradient",
     "HypergradientMethod",
@@ -21,6 +24,8 @@ __all__ = [
     "check_not_all_zero",
     "check_paths",
     "default_solver",
+    "differentiate",
     "find_paths",
     "hypergradient_at",
+    "start_method",
 ]

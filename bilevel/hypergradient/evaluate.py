@@ -12,7 +12,7 @@ from bilevel.constraints import Bijections
 from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem, StepBatches, natural_hparams
 from bilevel.hypergradient.implicit import Implicit
-from bilevel.hypergradient.method import HypergradientMethod
+from bilevel.hypergradient.method import HypergradientMethod, differentiate, start_method
 from bilevel.hypergradient.paths import check_paths
 from bilevel.problem import Problem
 from bilevel.receipt import Receipt
@@ -90,7 +90,7 @@ def hypergradient_at(
     check_paths(method, flat, solver, at, batches)
     with torch.no_grad():
         start = flat.start(at)
-    result = method.compute(flat, solver, start, at, batches, method.init(flat, solver, start, at))
+    result = differentiate(method, flat, solver, start, at, batches, start_method(method, flat, solver, start, at))
     return Evaluation(
         result.gradient, result.receipt, flat.unravel(result.params), result.outer_loss, result.inner_loss
     )

@@ -23,7 +23,7 @@ from bilevel.hypergradient.method import (
 from bilevel.linearisation import inner_value, leaves
 from bilevel.receipt import Receipt
 from bilevel.solvers import InnerResult, InnerSolver
-from bilevel.solvers.loop import verdict
+from bilevel.solvers.loop import exhausted, verdict
 from bilevel.solvers.solver import State, split_state
 from bilevel.tree import Layout, TensorDict, detach
 
@@ -101,7 +101,7 @@ class ForwardMode(HypergradientMethod):
             inner_steps=number,
             inner_gradients=int(others["num_gradients"]),
             inner_products=number * layout.size,
-            inner_result=(result or InnerResult.max_steps).name,
+            inner_result=(result or exhausted(solver)).name,
         )
         value = inner_value(problem, x, at, batches.curvature)
         return Hypergradient(layout.unravel(total), x.detach(), {}, receipt, outer, value)

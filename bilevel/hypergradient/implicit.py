@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem, StepBatches
 from bilevel.hypergradient.method import (
     Hypergradient,
@@ -19,11 +20,14 @@ from bilevel.hypergradient.method import (
     solve_inner,
     starting_point,
 )
-from bilevel.linalg import ConjugateGradient, LinearSolver
-from bilevel.linearisation import linearise
+from bilevel.hypergradient.negative_curvature import NegativeCurvature, SwitchToMINRES, System, met
+from bilevel.hypergradient.unconverged import OuterStep, Unconverged, Warn
+from bilevel.linalg import ConjugateGradient, LinearOperator, LinearSolver, Tag
+from bilevel.linearisation import Linearisation, linearise
+from bilevel.preconditioner import Preconditioner
 from bilevel.receipt import Receipt
 from bilevel.result import Result, Solution
-from bilevel.solvers import InnerSolver
+from bilevel.solvers import InnerSolution, InnerSolver
 
 
 @dataclass(frozen=True)
@@ -38,20 +42,37 @@ class Implicit(HypergradientMethod):
 
     Args:
         warm_start: start each inner solve from the previous solution.
+        accuracy: sets the tolerances of each outer step.
         linear_solver: for the system with the inner Hessian (or the Jacobian of `optimality`).
         warm_start_linear: start each linear solve from the previous adjoint.
+        preconditioner: approximates the inverse of the inner Hessian; None solves without.
+        refresh_every: outer steps after which the preconditioner is built anew.
+        unconverged: what to do where the inner solve ends short of its tolerance.
+        negative_curvature: what to do where the inner Hessian is seen not to be positive definite.
 
     Reference: Pedregosa (2016), "Hyperparameter optimization with approximate gradient"; Lorraine et al. (2020).
     """
 
     linear_solver: LinearSolver = field(default_factory=ConjugateGradient)
     warm_start_linear: bool = False
+    preconditioner: Preconditioner | None = None
+    refresh_every: int = 10
+    unconverged: Unconverged = field(default_factory=Warn)
+    negative_curvature: NegativeCurvature = field(default_factory=SwitchToMINRES)
 
-    def init(
-        self, problem: FlatProblem, solver: InnerSolver, params: Tensor, hparams: Mapping[str, Tensor]
-    ) -> MethodState:
-        """The adjoint that the next linear solve starts from, if it is to."""
-        return {"adjoint": torch.zeros_like(params)} if self.warm_start_linear else {}
+    def __post_init__(self) -> None:
+        """Validate the number."""
+        if self.refresh_every < 1:
+            raise UsageError(f"Implicit needs refresh_every >= 1, but got {self.refresh_every}.")
+
+    def check(self, solver: InnerSolver) -> None:
+        """Refuse an inner solver that cannot serve the policy for unconverged solves."""
+        super().check(solver)
+        if self.unconverged.records_steps and not solver.differentiable:
+            raise UsageError(
+                f"the policy {type(self.unconverged).__name__} records inner steps, but {type(solver).__name__} is not "
+                "differentiable: use GradientDescent, ProximalGradient or AndersonAcceleration, or unconverged=more_steps."
+            )
 
     def compute(
         self,
@@ -66,24 +87,72 @@ class Implicit(HypergradientMethod):
         with torch.no_grad():
             start = starting_point(problem, params, hparams, self.warm_start)
             inner = solve_inner(problem, solver, start, hparams, batches)
+        # With minibatches no solve gets to a tolerance: the stationarity is one batch's, and the steps are a budget.
+        if inner.result.usable and not inner.result.successful and not batches.stochastic:
+            handled = self.unconverged.handle(OuterStep(problem, solver, hparams, batches), inner)
+            if isinstance(handled, Hypergradient):
+                return handled
+            inner = handled
         outer, by_params, direct = outer_gradients(problem, inner.params, hparams, batches)
         at = linearise(problem, solver, inner.params, hparams, batches.curvature)
-        prepared = self.linear_solver.init(at.operator)
-        # F's own system is with A^T: the same for a Hessian, not for the Jacobian of an optimality.
-        solution = self.linear_solver.compute(
-            self.linear_solver.transpose(prepared), by_params, x0=state.get("adjoint")
-        )
-        gradient = {name: direct[name] - part for name, part in at.mixed(solution.value).items()}
-        biased = (f"{type(self.linear_solver).__name__} replaces the inverse Hessian",) * self.linear_solver.biased
+        solved = self._solve(at, by_params, inner, state)
+        gradient = {name: direct[name] - part for name, part in at.mixed(solved.solution.value).items()}
+        biased = solved.biased
         if batches.curvature is not None:
             biased += ("the Hessian is that of one minibatch",)
         receipt = Receipt(
             **{**describe(inner), "stationarity": float(at.stationarity.max())},
-            **describe_linear(solution, by_params),
+            **describe_linear(solved.solution, by_params),
+            setup_mv=solved.setup_mv,
             biased=biased,
         )
-        new_state = {"adjoint": solution.value} if self.warm_start_linear else {}
-        return Hypergradient(gradient, inner.params.detach(), new_state, receipt, outer, at.inner_loss)
+        return Hypergradient(gradient, inner.params.detach(), solved.state, receipt, outer, at.inner_loss)
+
+    def _solve(self, at: Linearisation, vector: Tensor, inner: InnerSolution, state: MethodState) -> _Solved:
+        """The adjoint `[∂F/∂x]^{-T} vector`: preconditioned, from the previous one, under the policies."""
+        operator, kept, setup_mv = self._precondition(at, inner, state)
+        prepared = self.linear_solver.init(at.operator)
+        rtol = self.accuracy.linear_rtol(state)
+        # F's own system is with A^T: the same for a Hessian, not for the Jacobian of an optimality.
+        solution = self.linear_solver.compute(
+            self.linear_solver.transpose(prepared), vector, x0=state.get("adjoint"), rtol=rtol, preconditioner=operator
+        )
+        biased = (f"{type(self.linear_solver).__name__} replaces the inverse Hessian",) * self.linear_solver.biased
+        if Tag.symmetric in at.operator.tags and bool((negative := met(solution)).any()):
+            system = System(at, vector, self.linear_solver, rtol, operator)
+            solution, reasons = self.negative_curvature.handle(system, solution, negative)
+            biased += reasons
+        if self.warm_start_linear:
+            kept["adjoint"] = solution.value
+        return _Solved(solution, biased, kept, setup_mv)
+
+    def _precondition(
+        self, at: Linearisation, inner: InnerSolution, state: MethodState
+    ) -> tuple[LinearOperator | None, MethodState, int]:
+        """The preconditioner of this step, what is kept of it, and the products it took."""
+        if self.preconditioner is None:
+            return None, {}, 0
+        old = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
+        age = old.pop("age", None)
+        if age is not None and int(age) < self.refresh_every:
+            operator, num_mv = self.preconditioner.restore(at, old), 0
+        else:
+            built = self.preconditioner.build(at, inner)
+            operator, old, num_mv = built.operator, built.state, built.num_mv
+            age = torch.zeros((), dtype=torch.int64)
+        return operator, {**{PREFIX + name: value for name, value in old.items()}, PREFIX + "age": age + 1}, num_mv
+
+
+PREFIX = "preconditioner."
+
+
+class _Solved(NamedTuple):
+    """A linear solve with everything around it."""
+
+    solution: Solution
+    biased: tuple[str, ...]
+    state: MethodState
+    setup_mv: int
 
 
 def describe_linear(solution: Solution, rhs: Tensor) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem, StepBatches
+from bilevel.hypergradient.accuracy import Accuracy, FixedAccuracy
 from bilevel.linearisation import leaves
 from bilevel.receipt import Receipt
 from bilevel.solvers import InnerSolution, InnerSolver, run
@@ -47,6 +48,7 @@ class HypergradientMethod(ABC):
 
     Args:
         warm_start: start each inner solve from the previous solution instead of `init_params(hparams)`.
+        accuracy: sets the tolerances of each outer step.
 
     Attributes:
         paths: the ways from a hyperparameter to the outer loss that the method differentiates: `direct` (in the outer
@@ -55,6 +57,7 @@ class HypergradientMethod(ABC):
     """
 
     warm_start: bool = True
+    accuracy: Accuracy = field(default_factory=FixedAccuracy, kw_only=True)
 
     paths: ClassVar[frozenset[str]] = frozenset({"direct", "inner"})
     records_steps: ClassVar[bool] = False
@@ -93,6 +96,35 @@ class HypergradientMethod(ABC):
                 f"{type(self).__name__} records the inner steps, but {type(solver).__name__} is not differentiable: "
                 "use GradientDescent, ProximalGradient or AndersonAcceleration, or an implicit hypergradient."
             )
+
+
+def start_method(
+    method: HypergradientMethod,
+    problem: FlatProblem,
+    solver: InnerSolver,
+    params: Tensor,
+    hparams: Mapping[str, Tensor],
+) -> MethodState:
+    """The state before the first outer step: the method's own and that of its accuracy."""
+    return {**method.init(problem, solver, params, hparams), **method.accuracy.init(params)}
+
+
+def differentiate(
+    method: HypergradientMethod,
+    problem: FlatProblem,
+    solver: InnerSolver,
+    params: Tensor,
+    hparams: Mapping[str, Tensor],
+    batches: StepBatches,
+    state: MethodState,
+) -> Hypergradient:
+    """One hypergradient as an outer loop wants it: `method.compute` at the accuracy of this step.
+
+    The arguments are those of `HypergradientMethod.compute`; `state` is from `start_method` or the previous step.
+    """
+    solver = method.accuracy.tighten(solver, state)
+    result = method.compute(problem, solver, params, hparams, batches, state)
+    return replace(result, state={**result.state, **method.accuracy.update(state, result)})
 
 
 def solve_inner(

@@ -23,7 +23,8 @@ from bilevel.hypergradient.method import (
 )
 from bilevel.linearisation import inner_value, leaves
 from bilevel.receipt import Receipt
-from bilevel.solvers import InnerResult, InnerSolution, InnerSolver
+from bilevel.solvers import InnerSolution, InnerSolver
+from bilevel.solvers.loop import exhausted
 from bilevel.solvers.solver import State, split_state
 from bilevel.tree import TensorDict, detach
 
@@ -80,7 +81,7 @@ class Unrolled(HypergradientMethod):
         total, last = solver.max_steps, self._num_recorded(solver)
         while True:  # the loop may converge before `total` steps: then the recorded ones are moved forward
             skipped = _skip(problem, solver, start.detach(), detach(at), batches, total - last)
-            if skipped is not None and skipped.result is not InnerResult.max_steps:
+            if skipped is not None and skipped.result is not exhausted(solver):
                 total = skipped.num_steps
                 continue
             beginning = start if skipped is None else skipped.params
@@ -138,7 +139,7 @@ class Unrolled(HypergradientMethod):
                 kept.append((offset + made, part.num_steps, x, state))
                 x, state, made = part.params, part.state, made + part.num_steps
                 inner = part
-                if part.result is not InnerResult.max_steps:
+                if part.result is not exhausted(solver):
                     break
         assert inner is not None
         outer, by_params, gradient = outer_gradients(problem, x, at, batches)

@@ -91,6 +91,10 @@ class MINRES(IterativeSolver):
         product = (image - columns(m.epsilon) * m.product_old - columns(delta) * m.product) * inverse_gamma
         square = system.inner(direction, direction)
         gain = divide(system.norm(image), square.sqrt())
+        # The Rayleigh quotient of the residual of the step before (Liu and Roosta, 2022): negative sooner or later where the
+        # operator is indefinite and the right-hand side shows it; those of the Lanczos vectors need not be.
+        of_residual = -m.cosine * gamma_bar
+        rayleigh = divide(torch.where(of_residual < 0, of_residual, alpha), square)
         # `‖A r‖ / ‖r‖` of the step before: where it vanishes, no step lowers the residual and the operator is singular.
         slope = torch.hypot(gamma_bar, m.cosine * beta)
         scale = torch.maximum(m.scale, torch.hypot(alpha, beta))
@@ -105,7 +109,7 @@ class MINRES(IterativeSolver):
             delta_bar=-m.cosine * beta, epsilon=m.sine * beta, phi_bar=phi_bar,
             scale=scale,
         )  # fmt: skip
-        return memory, Progress(system.norm(residual), gain, status, divide(alpha, square))
+        return memory, Progress(system.norm(residual), gain, status, rayleigh)
 
     def correction(self, system: System, memory: _Memory) -> Tensor:
         """The iterate."""

@@ -72,7 +72,7 @@ class DigitsGrid:
                 [
                     f"hypergradient, step {ours['step']}", f"{ours['outer_loss']:.6f}", f"{ours['metrics.test_loss']:.6f}",
                     f"{ours['metrics.test_accuracy']:.4f}", summary["num_hparams"], summary["num_steps"],
-                    work["inner_gradients"], work["inner_products"] + work["num_mv"], f"{summary['step_seconds']:.1f}",
+                    work["inner_gradients"], work["inner_products"] + work["products"], f"{summary['step_seconds']:.1f}",
                 ],
             ],
         }  # fmt: skip

@@ -16,6 +16,8 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from bilevel.report.load import Run
+from bilevel.report.panels import curve, grid, step_axis
+from bilevel.report.receipts import receipts
 from bilevel.report.style import WIDTH, Plate, Theme, blank, is_log_worthy, log_axis
 from bilevel.tracking.format import number
 
@@ -26,17 +28,10 @@ MAX_LINES = 8
 MAX_IMAGES = 10
 MIN_IMAGE = 16  # pixels: below that a square trailing size is a coincidence
 
-_RECEIPT_PANELS = (
-    ("receipt.linear_residual", "relative residual of the linear solve"),
-    ("receipt.stationarity", "stationarity of the inner solve"),
-    ("hypergradient_norm", "hypergradient norm"),
-    ("receipt.num_mv", "products in the linear solve"),
-)
-
 
 def plates(run: Run) -> list[Plate]:
     """The figures that the run's files can fill, in reading order."""
-    makers = (_losses, _metrics, _trajectories, _histograms, _images, _receipts)
+    makers = (_losses, _metrics, _trajectories, _histograms, _images, receipts)
     return [plate for maker in makers for plate in maker(run)]
 
 
@@ -60,7 +55,7 @@ def _losses(run: Run) -> list[Plate]:
 def _paint_losses(run: Run, keys: Sequence[str], theme: Theme) -> Figure:
     figure, axes = blank(1, len(keys), 2.6)
     for index, (key, panel) in enumerate(zip(keys, axes, strict=True)):
-        _curve(panel, run, key, theme.series[index])
+        curve(panel, run, key, theme.series[index])
         panel.set_title(key.replace("_", " "))
         if key == "outer_loss" and run.best is not None:
             step, loss = run.best
@@ -79,36 +74,11 @@ def _metrics(run: Run) -> list[Plate]:
 
 
 def _paint_metrics(run: Run, keys: Sequence[str], theme: Theme) -> Figure:
-    figure, axes = _grid(len(keys))
+    figure, axes = grid(len(keys))
     for index, (key, panel) in enumerate(zip(keys, axes, strict=False)):
-        _curve(panel, run, key, theme.series[index % len(theme.series)])
+        curve(panel, run, key, theme.series[index % len(theme.series)])
         panel.set_title(key.removeprefix("metrics.").replace("_", " "))
     return figure
-
-
-def _curve(panel: Axes, run: Run, key: str, colour: str, label: str | None = None) -> None:
-    steps, values = run.series(key)
-    values = numpy.where(numpy.isfinite(values), values, numpy.nan)
-    panel.plot(steps, values, color=colour, label=label, marker="o" if steps.size < 15 else None, markersize=2.6)
-    log_axis(panel, values)
-    _step_axis(panel, run)
-
-
-def _step_axis(panel: Axes, run: Run) -> None:
-    last = max(int(run.final.get("step", 0)), 1)
-    panel.set_xlim(-0.02 * last, 1.02 * last)
-    panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    panel.set_xlabel("outer step")
-
-
-def _grid(count: int, height: float = 1.9) -> tuple[Figure, list[Axes]]:
-    """Three panels in a row, any other number in two columns; a spare place is left empty."""
-    columns = 3 if count == 3 else min(count, 2)
-    rows = -(-count // columns)
-    figure, axes = blank(rows, columns, max(2.4, height * rows))
-    for spare in axes[count:]:
-        spare.remove()
-    return figure, axes[:count]
 
 
 # -- hyperparameters --------------------------------------------------------------------------------------------
@@ -140,14 +110,14 @@ def _trajectories(run: Run) -> list[Plate]:
 
 
 def _paint_trajectories(run: Run, panels: Sequence[Sequence[str]], bands: frozenset[str], theme: Theme) -> Figure:
-    figure, axes = _grid(len(panels))
+    figure, axes = grid(len(panels))
     for index, (keys, panel) in enumerate(zip(panels, axes, strict=True)):
         if keys[0] in bands:
             _band(panel, run, keys[0], theme.series[index % len(theme.series)])
             panel.set_title(keys[0].removeprefix("hparams."))
             continue
         for line, key in enumerate(keys):
-            _curve(panel, run, key, theme.series[line % len(theme.series)], key.removeprefix("hparams."))
+            curve(panel, run, key, theme.series[line % len(theme.series)], key.removeprefix("hparams."))
         log_axis(panel, numpy.concatenate([run.series(key)[1] for key in keys]))
         if len(keys) > 1:
             panel.legend(loc="best", handlelength=1.2)
@@ -165,7 +135,7 @@ def _band(panel: Axes, run: Run, key: str, colour: str) -> None:
         marker = "o" if len(steps) < 15 and column == 1 else None
         panel.plot(steps, numbers[:, column], color=colour, linewidth=width, marker=marker, markersize=2.6)
     log_axis(panel, numbers)
-    _step_axis(panel, run)
+    step_axis(panel, run)
 
 
 def _histograms(run: Run) -> list[Plate]:
@@ -179,7 +149,7 @@ def _histograms(run: Run) -> list[Plate]:
 
 
 def _paint_histograms(tensors: dict[str, NDArray[Any]], theme: Theme) -> Figure:
-    figure, axes = _grid(len(tensors))
+    figure, axes = grid(len(tensors))
     for index, ((name, values), panel) in enumerate(zip(tensors.items(), axes, strict=True)):
         colour = theme.series[index % len(theme.series)]
         num_bins = int(numpy.clip(2 * math.sqrt(values.size), 8, 48))
@@ -232,59 +202,3 @@ def _paint_images(stack: NDArray[Any], theme: Theme) -> Figure:
     bar = figure.colorbar(picture, ax=list(axes), shrink=0.8, aspect=24, pad=0.02)
     bar.outline.set_visible(False)
     return figure
-
-
-# -- receipts ---------------------------------------------------------------------------------------------------
-
-
-def _receipts(run: Run) -> list[Plate]:
-    panels = [(key, title) for key, title in _RECEIPT_PANELS if numpy.isfinite(run.series(key)[1]).any()]
-    if not panels:
-        return []
-    biased = [record["step"] for record in run.records if record.get("receipt.biased")]
-    skipped = [record["step"] for record in run.records if record.get("skipped")]
-    caption = "What each hypergradient is worth: the smaller the residual and the stationarity, the closer it is "
-    caption += "to the exact one; products are what the linear solve cost. "
-    if biased:
-        share = "Every step" if len(biased) == len(run.records) else f"{len(biased)} of {len(run.records)} steps"
-        caption += f"{share} {'was' if len(biased) in (1, len(run.records)) else 'were'} biased (shaded): "
-        caption += "the method solves a changed system there, whatever the residual says. "
-    else:
-        caption += "No step was marked as biased. "
-    if skipped:
-        where = f"step {skipped[0]}" if len(skipped) == 1 else f"{len(skipped)} steps"
-        caption += f"At {where}, crossed out, the hypergradient was not finite and was not applied. "
-    return [Plate("receipts", "Receipts", caption.strip(), partial(_paint_receipts, run, panels, biased, skipped))]
-
-
-def _paint_receipts(
-    run: Run, panels: Sequence[tuple[str, str]], biased: Sequence[int], skipped: Sequence[int], theme: Theme
-) -> Figure:
-    figure, axes = blank(len(panels), 1, max(2.2, 1.35 * len(panels) + 0.3), sharex=True)
-    for index, ((key, title), panel) in enumerate(zip(panels, axes, strict=True)):
-        colour = theme.series[index % len(theme.series)]
-        if key == "receipt.num_mv":
-            steps, values = run.series(key)
-            panel.bar(steps, numpy.nan_to_num(values), width=0.9, color=colour, alpha=0.75, linewidth=0)
-            panel.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-            _step_axis(panel, run)
-        else:
-            _curve(panel, run, key, colour)
-        for start, stop in _spans(biased):
-            panel.axvspan(start - 0.5, stop + 0.5, color=theme.series[1], alpha=0.12, linewidth=0)
-        for step in skipped:
-            panel.plot([step], [0.5], "x", color=theme.series[6], markersize=5, transform=panel.get_xaxis_transform())
-        panel.set_title(title)
-        panel.set_xlabel("outer step" if index == len(panels) - 1 else "")
-    return figure
-
-
-def _spans(steps: Sequence[int]) -> list[tuple[int, int]]:
-    """Join neighbouring steps: [1, 2, 3, 7] gives [(1, 3), (7, 7)]."""
-    spans: list[tuple[int, int]] = []
-    for step in steps:
-        if spans and step == spans[-1][1] + 1:
-            spans[-1] = (spans[-1][0], step)
-        else:
-            spans.append((step, step))
-    return spans

@@ -74,7 +74,7 @@ def run_page(run: Run) -> Path:
         ("best outer loss", number(best and best[1], 5), f"at step {best[0]}" if best else "no finite loss yet"),
         ("outer steps", number(run.num_steps_taken), _of(run)),
         ("wall time", duration(run.wall_seconds), _memory(run)),
-        ("products", number(_total(run, "receipt.num_mv")), "in all linear solves"),
+        ("products", number(_total(run, "receipt.products")), "with the inner Hessian, for all hypergradients"),
     ]
     parts = [header("A run of bilevel", run.name, run.verdict, figures), _troubles(run), _baseline(run)]
     folder = run.directory / "figures"

@@ -22,6 +22,7 @@ class AndersonAcceleration(InnerSolver):
     Args:
         max_steps: largest number of steps.
         atol: stop when the norm of `F` is at most this.
+        rtol: stop as well when it is at most this times that of the starting point.
         learning_rate: factor of the plain iteration (the mixing), or the name of a hyperparameter.
         history: number of earlier iterates that are combined.
         ridge: Tikhonov term of the least-squares problem, relative to its largest entry.

@@ -18,7 +18,8 @@ class GradientDescent(InnerSolver):
 
     Args:
         max_steps: number of steps.
-        atol: stop when the gradient norm is at most this; 0 makes all the steps.
+        atol: stop when the gradient norm is at most this.
+        rtol: stop as well when it is at most this times that of the starting point.
         learning_rate: a number, or the name of the hyperparameter that holds it.
         momentum: a number in [0, 1), or the name of a hyperparameter.
 

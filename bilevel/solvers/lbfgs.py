@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import UsageError
+from bilevel.linalg.lbfgs import two_loop
 from bilevel.solvers.line_search import Point, search
 from bilevel.solvers.objective import Hparams, Objective
 from bilevel.solvers.solver import InnerSolver, State, fresh_state, row_norm
@@ -23,6 +24,7 @@ class LBFGS(InnerSolver):
     Args:
         max_steps: largest number of steps.
         atol: stop when the gradient norm is at most this.
+        rtol: stop as well when it is at most this times that of the starting point.
         history: number of curvature pairs.
 
     Reference: Liu and Nocedal (1989), "On the limited memory BFGS method for large scale optimization".
@@ -51,14 +53,21 @@ class LBFGS(InnerSolver):
         with torch.no_grad():
             value, gradient = loss.value_and_gradient(params, hparams)
         empty = params.new_zeros(0, *params.shape)
+        size = row_norm(gradient)
         state = {**fresh_state(params), "value": value, "gradient": gradient, "s": empty, "y": empty}
-        return {**state, "num_gradients": torch.ones((), dtype=torch.int64)}
+        return {
+            **state,
+            "stationarity": size,
+            "first_stationarity": size,
+            "num_gradients": torch.ones((), dtype=torch.int64),
+        }
 
     def step(self, params: Tensor, state: State, loss: Objective, hparams: Hparams) -> tuple[Tensor, State]:
         """Two-loop recursion and a line search."""
         with torch.no_grad():
             start = Point(params, state["value"], state["gradient"])
-            direction = -self._apply(state["gradient"], state["s"], state["y"])
+            scale = 1.0 / row_norm(start.gradient).clamp(min=1.0)  # before there is a pair: a step of length 1 at most
+            direction = -two_loop(start.gradient, state["s"], state["y"], scale)
             end, moved, trials = search(loss, start, direction, hparams)
             s, y = end.params - start.params, end.gradient - start.gradient
             keep = slice(-self.history, None)
@@ -72,26 +81,3 @@ class LBFGS(InnerSolver):
                 "num_gradients": state["num_gradients"] + trials,
                 "stuck": ~moved.any(),
             }
-
-    @staticmethod
-    def _apply(gradient: Tensor, steps: Tensor, changes: Tensor) -> Tensor:
-        """The inverse Hessian approximation times the gradient; a pair with `s'y <= 0` acts as if it were not there."""
-        curvature = torch.linalg.vecdot(steps, changes)  # (m, *batch)
-        length = torch.linalg.vecdot(changes, changes)
-        good = curvature > torch.finfo(gradient.dtype).eps * length
-        rho = torch.where(good, 1.0 / torch.where(good, curvature, 1.0), 0.0).unsqueeze(-1)
-        result, weights = gradient, []
-        for index in reversed(range(len(steps))):
-            weight = rho[index] * torch.linalg.vecdot(steps[index], result).unsqueeze(-1)
-            result = result - weight * changes[index]
-            weights.append(weight)
-        scale = 1.0 / torch.linalg.vector_norm(gradient, dim=-1).clamp(min=1.0)
-        for index in range(len(steps)):
-            scale = torch.where(good[index], curvature[index] / torch.where(good[index], length[index], 1.0), scale)
-        result = scale.unsqueeze(-1) * result
-        for index, weight in enumerate(reversed(weights)):
-            result = (
-                result
-                + (weight - rho[index] * torch.linalg.vecdot(changes[index], result).unsqueeze(-1)) * steps[index]
-            )
-        return result

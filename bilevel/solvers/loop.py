@@ -21,11 +21,17 @@ LossAt = Callable[[int], Objective]  # inner step -> the objective on that step'
 class InnerResult(Enum):
     """How an inner solve ended."""
 
-    converged = "every system is stationary to the solver's atol"
-    max_steps = "max_steps were made before every system was stationary to atol"
+    converged = "every system is stationary to the solver's tolerance"
+    budget_spent = "max_steps were made, as asked for: atol and rtol are 0"
+    max_steps = "max_steps were made before every system was stationary to the solver's tolerance"
     stagnated = "no step lowers the loss any more in this precision: use float64 or a looser atol"
     diverged = "the gradient norm grew ten-billionfold: lower the learning rate, or use LBFGS or NewtonCG"
     nonfinite = "a non-finite gradient appeared: lower the learning rate, or check the loss"
+
+    @property
+    def successful(self) -> bool:
+        """Whether the solve ended as asked for."""
+        return self in (InnerResult.converged, InnerResult.budget_spent)
 
     @property
     def usable(self) -> bool:
@@ -64,6 +70,11 @@ def verdict(solver: InnerSolver, state: State) -> InnerResult | None:
     if bool(solver.done(state).all()):
         return InnerResult.converged
     return InnerResult.stagnated if bool(state.get("stuck", False)) else None
+
+
+def exhausted(solver: InnerSolver) -> InnerResult:
+    """How a loop ends that has made all its steps."""
+    return InnerResult.budget_spent if solver.atol == 0 and solver.rtol == 0 else InnerResult.max_steps
 
 
 def run(
@@ -116,7 +127,7 @@ def run(
     return InnerSolution(
         params=params,
         state=state,
-        result=result or InnerResult.max_steps,
+        result=result or exhausted(solver),
         num_steps=number,
         stationarity=float(state["stationarity"].max()) if limit else torch.nan,
         num_gradients=int(state["num_gradients"]),

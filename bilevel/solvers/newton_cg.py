@@ -24,6 +24,7 @@ class NewtonCG(InnerSolver):
     Args:
         max_steps: largest number of Newton steps.
         atol: stop when the gradient norm is at most this.
+        rtol: stop as well when it is at most this times that of the starting point.
         max_products: largest number of Hessian-vector products a step.
 
     Reference: Dembo and Steihaug (1983), "Truncated-Newton algorithms for large-scale unconstrained optimization".
@@ -61,7 +62,12 @@ class NewtonCG(InnerSolver):
             hessian = HessianOperator(recorded, params)
             start = Point(params, value.detach(), hessian.gradient.detach())
             size = row_norm(start.gradient)
-            counted = {**state, "stationarity": size, "num_gradients": state["num_gradients"] + 1}
+            counted = {
+                "first_stationarity": size,  # unless the state has it already
+                **state,
+                "stationarity": size,
+                "num_gradients": state["num_gradients"] + 1,
+            }
             if bool((size <= self.atol).all()):
                 return params, counted
             forcing = float(size.sqrt().clamp(max=0.5).min())

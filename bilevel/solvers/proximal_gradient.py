@@ -68,6 +68,7 @@ class ProximalGradient(InnerSolver):
     Args:
         max_steps: largest number of steps.
         atol: stop when the norm of the gradient mapping is at most this.
+        rtol: stop as well when it is at most this times that of the starting point.
         proximal: the non-smooth term.
         learning_rate: `a`, at most the inverse of the largest curvature of `f`; or the name of a hyperparameter.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -20,11 +20,14 @@ class InnerSolver(ABC):
     """An iterative way to solve the inner problem; a step is a pure function of its arguments.
 
     `params` are vectors `(*batch, n)`, one for each system. The state is a dictionary of tensors and holds at least
-    `stationarity`, the norm of the latest gradient of each system `(*batch,)`, and `num_gradients`.
+    `stationarity`, the norm of the latest gradient of each system `(*batch,)`, and `num_gradients`; the loop adds
+    `first_stationarity`, that of the starting point, where the solver has not.
 
     Args:
         max_steps: largest number of inner steps.
-        atol: stop when the stationarity (norm of the gradient, in its units) is at most this; 0 makes all the steps.
+        atol: stop when the stationarity (norm of the gradient, in its units) is at most this.
+        rtol: stop as well when it is at most this times that of the starting point. With `atol` and `rtol` both 0 all
+            the steps are made.
 
     Attributes:
         differentiable: whether a step can be recorded, as the unrolled, forward and one-step methods need.
@@ -34,6 +37,7 @@ class InnerSolver(ABC):
 
     max_steps: int = 200
     atol: float = 1e-6
+    rtol: float = field(default=0.0, kw_only=True)
 
     differentiable: ClassVar[bool] = True
     full_batch: ClassVar[bool] = False
@@ -45,6 +49,8 @@ class InnerSolver(ABC):
             raise UsageError(f"{type(self).__name__} needs max_steps >= 1, but got {self.max_steps}.")
         if not self.atol >= 0:
             raise UsageError(f"{type(self).__name__} needs atol >= 0, but got {self.atol}.")
+        if not 0 <= self.rtol < 1:
+            raise UsageError(f"{type(self).__name__} needs rtol in [0, 1), but got {self.rtol}.")
 
     @property
     def hparam_names(self) -> tuple[str, ...]:
@@ -65,7 +71,10 @@ class InnerSolver(ABC):
 
     def done(self, state: State) -> Tensor:
         """Which systems are stationary, `(*batch,)`."""
-        stationary: Tensor = state["stationarity"] <= self.atol
+        tolerance: float | Tensor = self.atol
+        if self.rtol > 0:
+            tolerance = (self.rtol * state["first_stationarity"]).clamp(min=self.atol)
+        stationary: Tensor = state["stationarity"] <= tolerance
         return stationary
 
 

@@ -24,7 +24,8 @@ class TorchOptimizer(InnerSolver):
 
     Args:
         max_steps: number of steps.
-        atol: stop when the gradient norm is at most this; 0 makes all the steps.
+        atol: stop when the gradient norm is at most this.
+        rtol: stop as well when it is at most this times that of the starting point.
         optimizer: makes the optimiser from a list of tensors, for instance `partial(torch.optim.Adam, lr=1e-2)`.
 
     Example:

@@ -23,12 +23,30 @@ if TYPE_CHECKING:
 
 __all__ = ["ConsoleTracker"]
 
+
+def _known(value: Any, digits: int) -> str:
+    """A number where there is one: figures that a method or a first step does not have are dashes, not NaN."""
+    return number(None if isinstance(value, float) and value != value else value, digits)
+
+
 # head, key in the record, width, format
 _COLUMNS = (
     ("outer loss", "outer_loss", 11, number),
     ("inner loss", "inner_loss", 11, number),
     ("hypergradient", "hypergradient_norm", 13, lambda value: number(value, 3)),
-    ("products", "receipt.num_mv", 8, number),
+    (
+        "error",
+        "hypergradient_error",
+        8,
+        lambda value: number(value, 2) if isinstance(value, float) and value == value else "-",
+    ),
+    (
+        "cosine",
+        "hypergradient_cosine",
+        7,
+        lambda value: number(value, 2) if isinstance(value, float) and value == value else "-",
+    ),
+    ("products", "receipt.products", 8, number),
     ("step time", "seconds", 9, duration),
     ("ETA", "eta_seconds", 8, duration),
 )
@@ -138,7 +156,7 @@ def _figures(record: Mapping[str, Any]) -> str:
     return (
         f"ETA {duration(record.get('eta_seconds'))}  outer loss {number(record.get('outer_loss'))}"
         f"  hypergradient {number(record.get('hypergradient_norm'), 3)}"
-        f"  products {number(record.get('receipt.num_mv'))}{_remarks(record)}"
+        f"  products {number(record.get('receipt.products'))}{_remarks(record)}"
     )
 
 

@@ -45,6 +45,14 @@ class Troubles:
         return [f"{number(count)} of {number(self._num_steps)} steps: {kind}" for kind, count in self._counts.items()]
 
 
+def _is_negative(record: Mapping[str, Any]) -> bool:
+    """Whether the inner Hessian was seen to be indefinite, well beyond rounding."""
+    least, largest = record.get("receipt.curvature_min"), record.get("receipt.curvature_max")
+    if not isinstance(least, int | float) or not isinstance(largest, int | float):
+        return False
+    return least < -1e-6 * abs(largest)
+
+
 def _troubles(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The kinds of trouble of one step, each with what is to be said of it once."""
     found = []
@@ -57,6 +65,9 @@ def _troubles(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     if linear not in successes:
         known = Result.__members__.get(str(linear))
         found.append((f"the linear solve ended with {linear}", f": {known.value}" if known is not None else ""))
+    if _is_negative(record):
+        least = number(record["receipt.curvature_min"], 3)
+        found.append(("the inner Hessian has negative curvature", f" (least seen {least}): the solution is no minimum"))
     if record.get("skipped"):
         found.append(("skipped, for the hypergradient was not finite or the inner solve diverged", ""))
     return found

@@ -12,7 +12,7 @@ from torch import Tensor
 from bilevel.constraints import Bijections
 from bilevel.errors import UsageError, nearest
 from bilevel.flat import FlatProblem, StepBatches, natural_hparams
-from bilevel.hypergradient import HypergradientMethod, check_paths
+from bilevel.hypergradient import HypergradientMethod, check_paths, start_method
 from bilevel.problem import Problem
 from bilevel.solvers import InnerSolver
 from bilevel.trainer.optimizer import OptimizerFactory, OuterOptimizer, SchedulerFactory
@@ -74,12 +74,13 @@ def set_up(
         params=params,
         raw=raw,
         outer=OuterOptimizer.of(optimizer, scheduler, list(raw.values())),
-        method=method.init(flat, solver, params, natural),
+        method=start_method(method, flat, solver, params, natural),
+        gradient={},
         best=Best(-1, float("inf"), natural, params, {}),
         num_nonfinite=0,
         seconds=0.0,
         wall_seconds=0.0,
-        work={"inner_steps": 0, "inner_gradients": 0, "inner_products": 0, "num_mv": 0},
+        work=dict.fromkeys(("inner_steps", "inner_gradients", "inner_products", "products"), 0),
     )
     return Setup(flat, solver, method, bijections), state
 

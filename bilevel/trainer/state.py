@@ -44,6 +44,7 @@ class TrainState:
         raw: unconstrained hyperparameters, the leaves that the optimiser moves.
         outer: the outer optimiser and its scheduler.
         method: the hypergradient method's own state.
+        gradient: the latest hypergradient that was applied, natural units; empty before the first.
         best: the best step so far.
         num_nonfinite: non-finite hypergradients in a row.
         seconds: wall time of the steps so far.
@@ -57,6 +58,7 @@ class TrainState:
     raw: TensorDict
     outer: OuterOptimizer
     method: TensorDict
+    gradient: TensorDict
     best: Best
     num_nonfinite: int
     seconds: float
@@ -74,6 +76,7 @@ class TrainState:
             "optimizer": copy.deepcopy(self.outer.optimizer.state_dict()),
             "scheduler": None if scheduler is None else copy.deepcopy(_plain(scheduler.state_dict())),
             "method": dict(self.method),
+            "gradient": dict(self.gradient),
             "best": vars(self.best),
             "num_nonfinite": self.num_nonfinite,
             "seconds": self.seconds,
@@ -94,7 +97,7 @@ class TrainState:
         self.outer.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
         if self.outer.scheduler is not None:
             self.outer.scheduler.load_state_dict(copy.deepcopy(saved["scheduler"]))
-        self.method = to(dict(saved["method"]), device)
+        self.method, self.gradient = to(dict(saved["method"]), device), to(dict(saved["gradient"]), device)
         self.best = Best(**to(dict(saved["best"]), device))
         self.num_nonfinite = saved["num_nonfinite"]
         self.seconds, self.wall_seconds = saved["seconds"], saved["wall_seconds"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from bilevel.errors import UsageError
 from bilevel.flat import StepBatches
-from bilevel.hypergradient import Hypergradient, check_not_all_zero
+from bilevel.hypergradient import Hypergradient, check_not_all_zero, differentiate
 from bilevel.solvers import InnerResult
 from bilevel.trainer.callbacks import Callback
+from bilevel.trainer.nonfinite import Nonfinite, Skip
 from bilevel.trainer.setup import Setup
 from bilevel.trainer.state import Best, TrainState
 from bilevel.tree import TensorDict, detach
@@ -32,7 +33,7 @@ class Trainer:
         clip_norm: clip the gradient in raw coordinates to this norm; None does not.
         patience: stop after this many steps without a better outer loss; None never does.
         min_improvement: what counts as better, relative to the best outer loss.
-        max_nonfinite: stop after this many non-finite hypergradients in a row; none of them is ever applied.
+        nonfinite: what to do with hypergradients that are not finite; none of them is ever applied.
         checkpoint_every: steps between checkpoints; the last step always writes one.
         keep_checkpoints: number of checkpoints that are kept.
     """
@@ -41,13 +42,13 @@ class Trainer:
     clip_norm: float | None = None
     patience: int | None = None
     min_improvement: float = 0.0
-    max_nonfinite: int = 3
+    nonfinite: Nonfinite = field(default_factory=Skip)
     checkpoint_every: int = 10
     keep_checkpoints: int = 3
 
     def __post_init__(self) -> None:
         """Validate the numbers."""
-        for name in ("num_steps", "max_nonfinite", "checkpoint_every", "keep_checkpoints"):
+        for name in ("num_steps", "checkpoint_every", "keep_checkpoints"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise UsageError(f"trainer.{name} must be an integer of at least 1, but is {value}.")
@@ -72,7 +73,7 @@ class Trainer:
 
     def reason_to_stop(self, state: TrainState) -> str | None:
         """Why no further step is made from this state; None when one is."""
-        if state.num_nonfinite >= self.max_nonfinite:
+        if self.nonfinite.limit_reached(state.num_nonfinite):
             inner = state.record and state.record["receipt.inner_result"]
             why = f" (the inner solve: {InnerResult[inner].value})" if inner and not InnerResult[inner].usable else ""
             return f"{state.num_nonfinite} non-finite hypergradients in a row; none was applied{why}"
@@ -86,7 +87,7 @@ class Trainer:
         natural = setup.natural(state.raw)
         hparams = detach(natural)
         batches = StepBatches(setup.problem.problem, state.step)
-        result = setup.method.compute(setup.problem, setup.solver, state.params, hparams, batches, state.method)
+        result = differentiate(setup.method, setup.problem, setup.solver, state.params, hparams, batches, state.method)
         norm = hypergradient_norm(result)
         finite = is_finite(result) and math.isfinite(norm)
         if finite and state.step == 0:
@@ -98,6 +99,8 @@ class Trainer:
             "outer_loss": result.outer_loss,
             "inner_loss": result.inner_loss,
             "hypergradient_norm": norm,
+            "hypergradient_error": result.receipt.error_estimate / norm if norm > 0 else math.nan,
+            "hypergradient_cosine": cosine(result.gradient, state.gradient),
             "learning_rate": state.outer.learning_rate,
             "skipped": not finite,
             **result.receipt.record(),
@@ -108,7 +111,9 @@ class Trainer:
             self._keep_best(state, result, hparams, metrics)
             self._update(state, natural, result.gradient, result.outer_loss)
             state.params, state.method, state.num_nonfinite = result.params, result.state, 0
+            state.gradient = result.gradient
         else:  # neither the hyperparameters nor the warm starts take anything from this step
+            self.nonfinite.met(state.step, why_unusable(result))
             state.num_nonfinite += 1
         for key in state.work:
             state.work[key] += int(getattr(result.receipt, key))
@@ -162,6 +167,29 @@ def evaluate_metrics(setup: Setup, params: Tensor, hparams: TensorDict) -> dict[
 def hypergradient_norm(result: Hypergradient) -> float:
     """Norm over all hyperparameters, in natural units."""
     return float(torch.cat([part.flatten() for part in result.gradient.values()]).norm())
+
+
+def cosine(gradient: TensorDict, previous: TensorDict) -> float:
+    """Of the angle between two hypergradients in natural units; NaN where there is no previous one or one is zero."""
+    if not previous:
+        return math.nan
+    now, before = (torch.cat([one[name].flatten() for name in gradient]) for one in (gradient, previous))
+    return float(torch.nn.functional.cosine_similarity(now, before, dim=0, eps=0.0))
+
+
+def why_unusable(result: Hypergradient) -> str:
+    """The end of a sentence about a hypergradient that must not be applied."""
+    inner = result.receipt.inner_result
+    if inner is not None and not InnerResult[inner].usable:
+        return f"the inner solve ended with {inner} ({InnerResult[inner].value})"
+    bad = [name for name, part in result.gradient.items() if not bool(part.isfinite().all())]
+    if bad:
+        return f"that of {', '.join(map(repr, bad))} is not"
+    return (
+        f"the outer loss is {result.outer_loss}"
+        if not math.isfinite(result.outer_loss)
+        else "the inner solution is not"
+    )
 
 
 def is_finite(result: Hypergradient) -> bool:

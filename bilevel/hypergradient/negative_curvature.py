@@ -1,0 +1,181 @@
+"""What to do where the inner Hessian shows negative curvature: the solution is then no minimum, or not reached yet."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bilevel.errors import NumericalError, UsageError
+from bilevel.linalg import MINRES, LinearOperator, LinearSolver, damped
+from bilevel.linalg.system import rounding_level
+from bilevel.linearisation import Linearisation
+from bilevel.result import Result, Solution
+
+
+class Handled(NamedTuple):
+    """What a policy makes of a linear solve.
+
+    Attributes:
+        solution: the one to use, with all products counted.
+        biased: why it is not that of the system that was asked for; empty when it is.
+    """
+
+    solution: Solution
+    biased: tuple[str, ...] = ()
+
+
+class System(NamedTuple):
+    """The linear system that met negative curvature.
+
+    Attributes:
+        at: the inner problem at its solution.
+        vector: the right-hand side, `(*batch, n)`.
+        solver: what it was solved with.
+        rtol: tolerance of this step; None for the solver's own.
+        preconditioner: the preconditioner in use.
+    """
+
+    at: Linearisation
+    vector: Tensor
+    solver: LinearSolver
+    rtol: float | None
+    preconditioner: LinearOperator | None
+
+
+class NegativeCurvature(ABC):
+    """A policy for systems whose linear solver met `p'Hp <= 0`."""
+
+    @abstractmethod
+    def handle(self, system: System, solution: Solution, negative: Tensor) -> Handled:
+        """Make the best of it.
+
+        Args:
+            system: the linear system.
+            solution: how the solver ended.
+            negative: which systems of the batch are meant, `(*batch,)`.
+
+        Raises:
+            NumericalError: the policy is to stop.
+        """
+
+
+def met(solution: Solution) -> Tensor:
+    """Which systems showed negative curvature, well beyond rounding, `(*batch,)`."""
+    level = rounding_level(solution.value.shape[-1], solution.value.dtype)
+    below = solution.curvature_min < -level * solution.curvature_max.abs()  # False for NaN
+    return below | (solution.result == Result.negative_curvature.code)
+
+
+@dataclass(frozen=True)
+class Raise(NegativeCurvature):
+    """Stop: the theorem is then applied at a point that is no minimum."""
+
+    def handle(self, system: System, solution: Solution, negative: Tensor) -> Handled:
+        """Raise `NumericalError`."""
+        smallest = float(torch.where(negative, solution.curvature_min, torch.inf).min())
+        seen = f" (a Rayleigh quotient of {smallest:.3g} was seen)" if smallest < 0 else ""
+        raise NumericalError(
+            f"the inner Hessian was expected to be positive definite at the solution, but has negative curvature{seen}: solve "
+            "the inner problem further, add a penalty, or choose negative_curvature=minres, damp or gauss_newton."
+        )
+
+
+@dataclass(frozen=True)
+class SwitchToMINRES(NegativeCurvature):
+    """Solve the indefinite system by the minimal residual method: the theorem asks for an invertible Hessian only.
+
+    The number is the derivative of a stationary point, a saddle perhaps; what another solver has found is kept.
+
+    Args:
+        max_steps: largest number of further steps.
+    """
+
+    max_steps: int = 1000
+
+    def handle(self, system: System, solution: Solution, negative: Tensor) -> Handled:
+        """Go on from where the solver stopped, in the systems that it has not solved."""
+        failed = negative & (solution.result == Result.negative_curvature.code)
+        if not bool(failed.any()):
+            return Handled(solution)
+        rtol = system.rtol if system.rtol is not None else getattr(system.solver, "rtol", None)
+        solver = MINRES(rtol=1e-6 if rtol is None else rtol, max_steps=self.max_steps)
+        vector = torch.where(failed.unsqueeze(-1), system.vector, 0.0)
+        start = torch.where(failed.unsqueeze(-1), solution.value, 0.0)
+        again = solver.compute(solver.init(system.at.operator), vector, x0=start, preconditioner=system.preconditioner)
+        return Handled(merge(solution, again, failed))
+
+
+@dataclass(frozen=True)
+class Damp(NegativeCurvature):
+    r"""Solve `(H + c I) y = b` with `c` just large enough that no negative curvature shows; biased towards zero.
+
+    `c` starts at `factor` times the most negative curvature seen and is multiplied by `factor` until the solver succeeds.
+
+    Args:
+        factor: growth of the damping, above 1.
+        max_rounds: largest number of attempts.
+    """
+
+    factor: float = 2.0
+    max_rounds: int = 20
+
+    def __post_init__(self) -> None:
+        """Validate the numbers."""
+        if not self.factor > 1 or self.max_rounds < 1:
+            raise UsageError(f"Damp needs factor > 1 and max_rounds >= 1, but got {self.factor} and {self.max_rounds}.")
+
+    def handle(self, system: System, solution: Solution, negative: Tensor) -> Handled:
+        """Damp the systems concerned until they are solved without negative curvature."""
+        size = torch.maximum(-solution.curvature_min, 1e-6 * solution.curvature_max.abs()).nan_to_num(nan=1.0)
+        damping = torch.where(negative, self.factor * size, 0.0)
+        for _ in range(self.max_rounds):
+            solver = system.solver
+            again = solver.compute(
+                solver.init(damped(system.at.operator, damping)), system.vector, rtol=system.rtol,
+                preconditioner=system.preconditioner,
+            )  # fmt: skip
+            solution = merge(solution, again, negative)
+            still = negative & met(again)
+            if not bool(still.any()):
+                break
+            damping = torch.where(still, self.factor * damping, damping)
+        return Handled(solution, (f"negative curvature: the Hessian is damped by {float(damping.max()):.3g}",))
+
+
+@dataclass(frozen=True)
+class GaussNewton(NegativeCurvature):
+    r"""Solve with the generalised Gauss-Newton matrix `J^T H_l J + ∇²penalty` in the place of the Hessian; biased.
+
+    Needs a problem that defines `outputs` and `output_loss`; positive semi-definite where `output_loss` is convex in the
+    outputs.
+
+    Reference: Schraudolph (2002), "Fast curvature matrix-vector products for second-order gradient descent".
+    """
+
+    def handle(self, system: System, solution: Solution, negative: Tensor) -> Handled:
+        """Solve the systems concerned anew."""
+        operator = system.at.gauss_newton()
+        solver = system.solver
+        again = solver.compute(
+            solver.init(operator), system.vector, rtol=system.rtol, preconditioner=system.preconditioner
+        )
+        return Handled(
+            merge(solution, again, negative),
+            ("negative curvature: the Gauss-Newton matrix stands for the Hessian",),
+        )
+
+
+def merge(first: Solution, again: Solution, mask: Tensor) -> Solution:
+    """The second solution for the systems in the mask, the first for the others; products and curvatures of both count."""
+    return Solution(
+        value=torch.where(mask.unsqueeze(-1), again.value, first.value),
+        result=torch.where(mask, again.result, first.result),
+        num_mv=first.num_mv + torch.where(mask, again.num_mv, 0),
+        residual_norm=torch.where(mask, again.residual_norm, first.residual_norm),
+        curvature_min=torch.fmin(first.curvature_min, again.curvature_min),
+        curvature_max=torch.fmax(first.curvature_max, again.curvature_max),
+    )
