@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -35,6 +36,7 @@ class Accuracy(ABC):
         """The state for the next step, from what this one was worth."""
 
 
+@dataclass(frozen=True)
 class FixedAccuracy(Accuracy):
     """The tolerances that the solvers were made with."""
 
