@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bilevel.constraints import Box, Constraint, Positive, Real, Simplex, UnitInterval
+    from bilevel.diagnostics import check
     from bilevel.errors import UsageError
     from bilevel.hypergradient import FiniteDifference, ForwardMode, Implicit, OneStep, Unrolled, hypergradient_at
     from bilevel.implicit import implicit_argmin, implicit_fixed_point, implicit_root, root_jvp, root_vjp
@@ -28,7 +29,7 @@ _HOMES = {
     "implicit_argmin": "implicit",
     "implicit_fixed_point": "implicit", "implicit_root": "implicit", "root_jvp": "implicit", "root_vjp": "implicit",
     "Problem": "problem", "Receipt": "receipt", "Callback": "trainer", "Fit": "trainer", "Trainer": "trainer",
-    "fit": "trainer",
+    "fit": "trainer", "check": "diagnostics",
 }  # fmt: skip
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "UnitInterval",
     "Unrolled",
     "UsageError",
+    "check",
     "fit",
     "hypergradient_at",
     "implicit_argmin",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bilevel.errors import UsageError
 from bilevel.problem import Batches, Problem
+from bilevel.purity import Purity
 from bilevel.solvers import Objective
 from bilevel.tree import Layout, TensorDict, flatten_names
 
@@ -44,16 +45,18 @@ class FlatProblem:
     Attributes:
         problem: what the user wrote.
         layout: names and shapes of one task's parameters.
+        purity: keeps the problem's functions fixed inside a solve.
     """
 
     problem: Problem
     layout: Layout
+    purity: Purity = field(repr=False, compare=False)
 
     @classmethod
     def of(cls, problem: Problem, hparams: Mapping[str, Tensor]) -> FlatProblem:
         """Look at the starting parameters once."""
         with torch.no_grad():
-            return cls(problem, Layout.of(_starting_params(problem, hparams)))
+            return cls(problem, Layout.of(_starting_params(problem, hparams)), Purity.of(problem))
 
     @property
     def num_batch(self) -> int:
@@ -77,7 +80,7 @@ class FlatProblem:
         """
         optimality = getattr(self.problem, "optimality", None)
         if optimality is None:
-            return Objective(loss=self._over_tasks(self.problem.inner_loss, "inner_loss", "inner_batches", batch))
+            return self.loss_objective(batch)
 
         def residual(params: Mapping[str, Tensor], hparams: Mapping[str, Tensor], data: Any) -> Tensor:
             try:
@@ -85,7 +88,11 @@ class FlatProblem:
             except UsageError as error:
                 raise UsageError(f"optimality was expected to return a dictionary like params: {error}") from error
 
-        return Objective(optimality=self._over_tasks(residual, None, "inner_batches", batch))
+        return Objective(optimality=self._over_tasks(residual, "optimality", "inner_batches", batch, is_scalar=False))
+
+    def loss_objective(self, batch: Any) -> Objective:
+        """The problem's `inner_loss` on a batch, also where it has an `optimality` besides."""
+        return Objective(loss=self._over_tasks(self.problem.inner_loss, "inner_loss", "inner_batches", batch))
 
     def outer_loss(self, params: Tensor, hparams: Mapping[str, Tensor], batch: Any) -> Tensor:
         """Outer loss of each task, `(*batch,)`; raises `UsageError` as `objective` does."""
@@ -105,13 +112,16 @@ class FlatProblem:
                 f"but {type(problem).__name__} defines inner_loss as a whole: write outputs(params, hparams, batch) and "
                 "output_loss(outputs, hparams, batch) instead, or use the Hessian."
             )
-        with torch.no_grad():
-            batched = self._tasks(lambda x, h, data: outputs(self.layout.unravel(x), h, data), "inner_batches", batch)
-            shape = batched(params, hparams).shape[self.num_batch :]
+
+        def shaped(x: Tensor, h: Mapping[str, Tensor], data: Any) -> Tensor:
+            value: Tensor = outputs(self.layout.unravel(x), h, data)
+            return value
+
+        with torch.no_grad():  # under the name of inner_loss, as flat_outputs, to meet its random numbers
+            shape = self._tasks(shaped, "inner_loss", "inner_batches", batch)(params, hparams).shape[self.num_batch :]
 
         def flat_outputs(x: Tensor, h: Mapping[str, Tensor], data: Any) -> Tensor:
-            value: Tensor = outputs(self.layout.unravel(x), h, data)
-            return value.flatten()
+            return shaped(x, h, data).flatten()
 
         def mean_loss(flat: Tensor, h: Mapping[str, Tensor], data: Any) -> Tensor:
             value: Tensor = output_loss(flat.reshape(shape), h, data)
@@ -119,34 +129,37 @@ class FlatProblem:
 
         penalty = getattr(problem, "penalty", None)
         return Model(
-            outputs=self._tasks(flat_outputs, "inner_batches", batch),
-            output_loss=self._tasks(mean_loss, "inner_batches", batch),
+            outputs=self._tasks(flat_outputs, "inner_loss", "inner_batches", batch),
+            output_loss=self._tasks(mean_loss, "output_loss", "inner_batches", batch),
             penalty=None
             if penalty is None
-            else self._tasks(lambda x, h, data: penalty(self.layout.unravel(x), h), "inner_batches", batch),
+            else self._tasks(lambda x, h, data: penalty(self.layout.unravel(x), h), "penalty", "inner_batches", batch),
         )
 
-    def _over_tasks(self, function: Loss, scalar: str | None, source: str, batch: Any) -> Batched:
+    def _over_tasks(self, function: Loss, name: str, source: str, batch: Any, *, is_scalar: bool = True) -> Batched:
         def single(x: Tensor, hparams: Mapping[str, Tensor], data: Any) -> Tensor:
             value = function(self.layout.unravel(x), hparams, data)
-            if scalar is not None and (not isinstance(value, Tensor) or value.ndim != 0):
+            if is_scalar and (not isinstance(value, Tensor) or value.ndim != 0):
                 shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise UsageError(
-                    f"{scalar} was expected to return a scalar tensor for one task, but returned {shape}: "
+                    f"{name} was expected to return a scalar tensor for one task, but returned {shape}: "
                     "take the mean or the sum."
                 )
             return value
 
-        return self._tasks(single, source, batch)
+        return self._tasks(single, name, source, batch)
 
-    def _tasks(self, single: Callable[[Tensor, Mapping[str, Tensor], Any], Tensor], source: str, batch: Any) -> Batched:
-        """A function of one task, applied to all of them with their parts of the batch."""
+    def _tasks(
+        self, single: Callable[[Tensor, Mapping[str, Tensor], Any], Tensor], name: str, source: str, batch: Any
+    ) -> Batched:
+        """A function of one task, applied to all of them with their parts of the batch; one fixed function in a solve."""
+        frozen = self.purity.freeze(single, name)
         if self.problem.num_tasks is None:
-            return lambda x, hparams: single(x, hparams, batch)
-        if batch is None:
-            return lambda x, hparams: torch.vmap(single, in_dims=(0, None, None))(x, hparams, None)
-        _check_tasks(batch, self.problem.num_tasks, source)
-        return lambda x, hparams: torch.vmap(single, in_dims=(0, None, 0))(x, hparams, batch)
+            return lambda x, hparams: frozen(x, hparams, batch)
+        if batch is not None:
+            _check_tasks(batch, self.problem.num_tasks, source)
+        over = torch.vmap(frozen, in_dims=(0, None, None if batch is None else 0), randomness="different")
+        return lambda x, hparams: over(x, hparams, batch)
 
 
 @dataclass(frozen=True)

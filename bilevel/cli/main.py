@@ -27,6 +27,7 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "train": Command("bilevel.cli.train", "run the outer loop on a problem, or sweep over many runs with -m"),
+    "check": Command("bilevel.cli.check", "certify the hypergradient of a problem: exit status 0 or 1"),
     "report": Command("bilevel.cli.report", "write report.html for a run, or a leaderboard for a sweep"),
 }
 

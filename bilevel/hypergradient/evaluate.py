@@ -87,7 +87,8 @@ def hypergradient_at(
     at = detach(at)
     flat, batches = FlatProblem.of(problem, at), StepBatches(problem, step)
     method.check(solver)
-    check_paths(method, flat, solver, at, batches)
+    with flat.purity.rehearsal():
+        check_paths(method, flat, solver, at, batches)
     with torch.no_grad():
         start = flat.start(at)
     result = differentiate(method, flat, solver, start, at, batches, start_method(method, flat, solver, start, at))

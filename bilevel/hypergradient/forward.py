@@ -131,5 +131,5 @@ def _push(function: Callable[..., Any], primals: Any, tangents: Any) -> tuple[An
         return jvp(function, primals, moves, has_aux=True)
 
     out_dims: Any = (None, 0, None)  # torch's annotation leaves out the None that its documentation allows
-    values, pushed, rest = vmap(along, out_dims=out_dims)(tangents)
+    values, pushed, rest = vmap(along, out_dims=out_dims, randomness="same")(tangents)
     return values, pushed, rest

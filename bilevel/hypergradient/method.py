@@ -118,12 +118,13 @@ def differentiate(
     batches: StepBatches,
     state: MethodState,
 ) -> Hypergradient:
-    """One hypergradient as an outer loop wants it: `method.compute` at the accuracy of this step.
+    """One hypergradient as an outer loop wants it: `method.compute` at the accuracy of this step, the problem frozen.
 
     The arguments are those of `HypergradientMethod.compute`; `state` is from `start_method` or the previous step.
     """
     solver = method.accuracy.tighten(solver, state)
-    result = method.compute(problem, solver, params, hparams, batches, state)
+    with problem.purity.solve():
+        result = method.compute(problem, solver, params, hparams, batches, state)
     return replace(result, state={**result.state, **method.accuracy.update(state, result)})
 
 

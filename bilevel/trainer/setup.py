@@ -17,7 +17,7 @@ from bilevel.problem import Problem
 from bilevel.solvers import InnerSolver
 from bilevel.trainer.optimizer import OptimizerFactory, OuterOptimizer, SchedulerFactory
 from bilevel.trainer.state import Best, TrainState
-from bilevel.trainer.trial import blaming, try_losses
+from bilevel.trainer.trial import blaming, report_impurities, try_losses
 from bilevel.tree import TensorDict, detach
 
 
@@ -66,8 +66,11 @@ def set_up(
     method.check(solver)
     _check_solver(solver, problem, natural)
     batches = StepBatches(problem, 0)
-    try_losses(flat, params, natural, batches)
-    with blaming(problem, "inner_loss or outer_loss, differentiated,", params=flat.unravel(params), hparams=natural):
+    with flat.purity.rehearsal():
+        try_losses(flat, params, natural, batches)
+    report_impurities(flat, params, natural, batches)
+    given = {"params": flat.unravel(params), "hparams": natural}
+    with flat.purity.rehearsal(), blaming(problem, "inner_loss or outer_loss, differentiated,", **given):
         check_paths(method, flat, solver, natural, batches)
     state = TrainState(
         step=0,

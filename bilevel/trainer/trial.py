@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -15,6 +16,7 @@ from torch import Tensor
 from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem, StepBatches, named_parts
 from bilevel.problem import Problem
+from bilevel.purity import disturbances
 
 _MISTAKES = (RuntimeError, ValueError, LookupError, TypeError, AttributeError)
 _TORCH = Path(torch.__file__).parent
@@ -67,6 +69,21 @@ def try_losses(problem: FlatProblem, start: Tensor, hparams: Mapping[str, Tensor
             objective.loss(start, hparams)
     with blaming(user, "outer_loss", params=params, hparams=hparams, batch=outer):
         problem.outer_loss(start, hparams, outer)
+
+
+def report_impurities(problem: FlatProblem, start: Tensor, hparams: Mapping[str, Tensor], batches: StepBatches) -> None:
+    """Warn of what makes the problem's functions change between evaluations and cannot be frozen, each by name."""
+    objective, outer = problem.objective(batches.curvature), batches.outer
+    name, inner = ("inner_loss", objective.loss) if objective.loss else ("optimality", objective.optimality)
+    assert inner is not None
+    found = disturbances(
+        problem.purity,
+        {name: lambda: inner(start, hparams), "outer_loss": lambda: problem.outer_loss(start, hparams, outer)},
+        batches={"inner_batches": lambda: batches.curvature, "outer_batches": lambda: batches.outer},
+        inputs={"params": start, **{f"hparams.{key}": value for key, value in hparams.items()}},
+    )
+    for finding in found:
+        warnings.warn(str(finding), stacklevel=3)
 
 
 def _cause(error: BaseException) -> str:

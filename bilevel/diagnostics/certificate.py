@@ -1,0 +1,174 @@
+"""The certificate of a hypergradient: a table of checks, what they found, and a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from bilevel.diagnostics.checks import CHECKS, Limits, one_function
+from bilevel.diagnostics.curves import error_curves
+from bilevel.diagnostics.finding import Flaw, Row
+from bilevel.diagnostics.subject import Subject
+from bilevel.errors import UsageError, nearest
+from bilevel.hypergradient import HypergradientMethod, Implicit, default_solver
+from bilevel.problem import Problem
+from bilevel.solvers import InnerSolver
+
+# What a flaw explains: rows that fail only for that reason say so instead of naming flaws of their own.
+EVERYTHING = frozenset(
+    {"repeatable", "symmetric", "spectrum", "smooth", "adjoint", "stationarity", "finite_differences", "method"}
+)
+CONSEQUENCES: Mapping[Flaw, frozenset[str]] = {
+    Flaw.hidden_randomness: EVERYTHING,
+    Flaw.fresh_minibatch: EVERYTHING,
+    Flaw.changed_in_place: EVERYTHING,
+    Flaw.nonfinite: EVERYTHING,
+    Flaw.kink: EVERYTHING,
+    Flaw.singular_hessian: frozenset({"smooth", "adjoint", "stationarity", "finite_differences", "method"}),
+    Flaw.wrong_optimality: frozenset({"stationarity", "finite_differences", "method"}),
+    Flaw.wrong_derivative: frozenset({"stationarity", "finite_differences", "method"}),
+    Flaw.wrong_mixed_product: frozenset({"finite_differences"}),
+}
+
+
+class Verdict(Enum):
+    """What a certificate says; the value ends its last line."""
+
+    sound = "sound: every check passed"
+    approximate = "approximate as declared: what was found is what was declared, and nothing else"
+    fault = "fault: see what to do above"
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The result of `check`.
+
+    Attributes:
+        rows: one a check.
+        declared: findings that were expected, with their reasons.
+        curves: for each linear solver, pairs of products and relative error.
+    """
+
+    rows: tuple[Row, ...]
+    declared: Mapping[str, str] = field(default_factory=dict)
+    curves: Mapping[str, list[tuple[int, float]]] = field(default_factory=dict)
+
+    @property
+    def found(self) -> dict[Flaw, str]:
+        """The flaws, each with its first place."""
+        flaws: dict[Flaw, str] = {}
+        for row in self.rows:
+            for flaw, place in row.flaws:
+                flaws.setdefault(flaw, place)
+        return flaws
+
+    @property
+    def undeclared(self) -> list[Flaw]:
+        """Flaws that nobody expected."""
+        return [flaw for flaw in self.found if flaw.name not in self.declared]
+
+    @property
+    def absent(self) -> list[str]:
+        """Declared flaws that were not found: the declaration is out of date."""
+        return [name for name in self.declared if Flaw[name] not in self.found]
+
+    @property
+    def verdict(self) -> Verdict:
+        """Sound, approximate as declared, or fault."""
+        if self.undeclared or self.absent:
+            return Verdict.fault
+        return Verdict.approximate if self.declared else Verdict.sound
+
+    def as_json(self) -> dict[str, Any]:
+        """For `certificate.json`."""
+        return {
+            "verdict": self.verdict.name,
+            "checks": [row.as_json() for row in self.rows],
+            "declared": dict(self.declared),
+            "undeclared": [flaw.name for flaw in self.undeclared],
+            "declared but absent": self.absent,
+            "error against products": {name: [list(point) for point in curve] for name, curve in self.curves.items()},
+        }
+
+
+def check(
+    problem: Problem,
+    *,
+    solver: InnerSolver | None = None,
+    hypergradient: HypergradientMethod | None = None,
+    hparams: Mapping[str, Any] | None = None,
+    declared: Mapping[str, str] | None = None,
+    tolerance: float = 1e-2,
+    seed: int = 0,
+) -> Certificate:
+    r"""Certify the hypergradient of a problem, in float64 and at the problem's own solution.
+
+    Looks whether the losses are functions (no draws, no changing buffers), whether products repeat and are symmetric, at
+    the spectrum of the inner Hessian, at kinks, at the mixed product, at what the inner solve leaves, and compares the
+    theorem's number with finite differences of the *re-solved* problem, and the configured method with both.
+
+    Args:
+        problem: is copied; the copy is moved to float64.
+        solver: the inner solver; L-BFGS by default, gradient descent for problems with minibatches.
+        hypergradient: the method to certify; implicit by default.
+        hparams: where, natural units; `init_hparams()` by default.
+        declared: findings that are expected, by name, each with its reason; others fail, and so does one that is absent.
+        tolerance: relative error of the hypergradient that passes.
+        seed: of the random directions.
+
+    Raises:
+        UsageError: a declared name is no finding, or the parts do not fit each other.
+
+    Example:
+        >>> import torch
+        >>> from bilevel import Problem, check
+        >>> class Shrink(Problem):
+        ...     def init_hparams(self):
+        ...         return {"penalty": torch.tensor(3.0)}
+        ...     def init_params(self, hparams):
+        ...         return {"w": torch.zeros(1)}
+        ...     def inner_loss(self, params, hparams, batch):
+        ...         return (params["w"] - 2).square().sum() + hparams["penalty"] * params["w"].square().sum()
+        ...     def outer_loss(self, params, hparams, batch):
+        ...         return (params["w"] - 1).square().sum()
+        >>> check(Shrink()).verdict.name
+        'sound'
+    """
+    names = [flaw.name for flaw in Flaw]
+    for name in declared or {}:
+        if name not in names:
+            hint = nearest(name, names, f"they are {', '.join(names)}.")
+            raise UsageError(f"a declared finding was expected to be a known one, but is '{name}': {hint}")
+    solver = solver or default_solver(problem)
+    method = hypergradient or Implicit()
+    method.check(solver)
+    subject = Subject.of(problem, solver, method, hparams)
+    rows, limits = [], Limits(tolerance, seed)
+    rows.append(one_function(subject, limits))  # outside the solve, inside of which nothing would be seen
+    with subject.flat.purity.solve():
+        rows += _run(subject, limits, rows[0])
+        certificate = Certificate(tuple(rows), dict(declared or {}))
+        if any(flaw in CONSEQUENCES for flaw in certificate.found):
+            return certificate
+        return Certificate(certificate.rows, certificate.declared, error_curves(subject))
+
+
+def _run(subject: Subject, limits: Limits, first: Row) -> list[Row]:
+    """The checks in order; a check that an earlier flaw makes meaningless is not judged."""
+    rows: list[Row] = []
+    explained = _consequences(first)
+    for one in CHECKS:
+        if one.__name__ in explained:
+            rows.append(Row(one.__name__.replace("_", " "), f"not judged: {explained[one.__name__].name}"))
+            continue
+        row = one(subject, limits)
+        rows.append(row)
+        explained = {**_consequences(row), **explained}
+    return rows
+
+
+def _consequences(row: Row) -> dict[str, Flaw]:
+    """The checks that a row's flaws make meaningless, each with its flaw."""
+    return {name: flaw for flaw, _ in row.flaws for name in CONSEQUENCES.get(flaw, ())}

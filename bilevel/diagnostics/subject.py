@@ -1,0 +1,147 @@
+"""What a certificate looks at: the problem in float64, its own solution, a refined one, and both linearised."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.constraints import Bijections
+from bilevel.flat import FlatProblem, StepBatches, natural_hparams
+from bilevel.hypergradient import HypergradientMethod
+from bilevel.hypergradient.method import outer_gradients, solve_inner
+from bilevel.linalg import GMRES, MINRES, DenseLU, Tag
+from bilevel.linearisation import Linearisation, linearise
+from bilevel.problem import Problem
+from bilevel.result import Solution
+from bilevel.solvers import LBFGS, InnerSolution, InnerSolver, run
+from bilevel.tree import Layout, TensorDict, detach, flatten_names, to
+
+DENSE_LIMIT = 800  # parameters up to which the inner Hessian is built as a matrix
+MAX_NEWTON = 30
+MAX_DESCENT = 5000
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A problem with the parts that would tune it, at one setting of its hyperparameters.
+
+    Attributes:
+        problem: a copy in float64.
+        solver: the inner solver.
+        method: the hypergradient method that is certified.
+        hparams: natural units.
+        flat: the problem between vectors.
+        batches: of outer step 0.
+    """
+
+    problem: Problem
+    solver: InnerSolver
+    method: HypergradientMethod
+    hparams: TensorDict
+    flat: FlatProblem
+    batches: StepBatches
+
+    @classmethod
+    def of(
+        cls,
+        problem: Problem,
+        solver: InnerSolver,
+        method: HypergradientMethod,
+        hparams: Mapping[str, Any] | None,
+    ) -> Subject:
+        """Copy the problem, move the copy to float64, and look at its starting values."""
+        twin = copy.deepcopy(problem).to(dtype=torch.float64)
+        at = detach(natural_hparams(twin) if hparams is None else to(flatten_names(hparams), dtype=torch.float64))
+        return cls(twin, solver, method, at, FlatProblem.of(twin, at), StepBatches(twin, 0))
+
+    @cached_property
+    def bijections(self) -> Bijections:
+        """From raw to natural hyperparameters: directions are drawn in raw coordinates, where every point is allowed."""
+        return Bijections.of(self.problem.constraints, list(self.hparams))
+
+    @cached_property
+    def inner(self) -> InnerSolution:
+        """The inner solve as the outer loop would make it in its first step."""
+        with torch.no_grad():
+            return solve_inner(self.flat, self.solver, self.flat.start(self.hparams), self.hparams, self.batches)
+
+    @cached_property
+    def at_own(self) -> Linearisation:
+        """The problem linearised at its own solution."""
+        return self.linearise(self.inner.params, self.hparams)
+
+    @cached_property
+    def refined(self) -> Tensor:
+        """The own solution, brought to rounding level: downhill as far as that goes, then by plain Newton steps."""
+        objective = self.flat.objective(self.batches.curvature)
+        x = self.inner.params
+        if objective.loss is not None and not self.solver.composite:
+            with torch.no_grad():
+                x = run(LBFGS(max_steps=MAX_DESCENT, atol=1e-9), objective, x, self.hparams).params
+        return self.refine(x, self.hparams)
+
+    @cached_property
+    def at_refined(self) -> Linearisation:
+        """The problem linearised there."""
+        return self.linearise(self.refined, self.hparams)
+
+    @cached_property
+    def exact(self) -> Tensor:
+        """The hypergradient at the refined solution by an accurate linear solve, ravelled in natural units."""
+        return self.hypergradient(self.at_refined)[0]
+
+    @property
+    def layout(self) -> Layout:
+        """Names and shapes of the hyperparameters."""
+        return Layout.of(self.hparams)
+
+    def linearise(self, params: Tensor, hparams: Mapping[str, Tensor]) -> Linearisation:
+        """At any point, on the batch that all products share."""
+        return linearise(self.flat, self.solver, params.detach(), hparams, self.batches.curvature)
+
+    def hypergradient(self, at: Linearisation) -> tuple[Tensor, Solution]:
+        """The theorem's formula at a point with an accurate linear solve, and that solve."""
+        _, by_params, direct = outer_gradients(self.flat, at.params, self.hparams, self.batches)
+        solution = solve(at, by_params, transposed=True)
+        mixed = at.mixed(solution.value)
+        return self.layout.ravel({name: direct[name] - mixed[name] for name in direct}), solution
+
+    def refine(self, params: Tensor, hparams: Mapping[str, Tensor]) -> Tensor:
+        """The root of the optimality that is nearest in Newton's sense: follows the branch, be it a saddle."""
+        x, at = params, self.linearise(params, hparams)
+        for _ in range(MAX_NEWTON):
+            size = at.stationarity
+            step = solve(at, at.optimality.detach()).value
+            moved = False
+            for halving in range(30):
+                trial = self.linearise(x - step / 2**halving, hparams)
+                lower = trial.stationarity < size
+                if bool(lower.any()):
+                    keep = lower.unsqueeze(-1)
+                    x = torch.where(keep, trial.params.detach(), x)
+                    at, moved = self.linearise(x, hparams), True
+                    break
+            if not moved or bool((at.stationarity > 0.5 * size).all() and (size < 1e-12).all()):
+                break
+        return x
+
+
+def solve(at: Linearisation, vector: Tensor, *, transposed: bool = False) -> Solution:
+    """An accurate solve with `∂F/∂x` (or its transpose), direct where the matrix is small."""
+    symmetric = Tag.symmetric in at.operator.tags
+    solver: Any  # each kind has a state of its own
+    if at.operator.shape[0] <= DENSE_LIMIT:
+        solver = DenseLU()
+    elif symmetric:
+        solver = MINRES(rtol=1e-11, max_steps=5000)
+    else:
+        solver = GMRES(rtol=1e-11, max_steps=2000, restart=200)
+    state = solver.init(at.operator)
+    solution: Solution = solver.compute(solver.transpose(state) if transposed else state, vector)
+    return solution

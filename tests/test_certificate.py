@@ -1,0 +1,593 @@
+"""The certificate: every planted fault is caught under its own name, and no sound problem is accused."""
+
+import json
+import re
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, softplus
+
+from bilevel import Box, Positive, Problem, Simplex, check
+from bilevel.cli.main import main
+from bilevel.diagnostics import Flaw, Verdict
+from bilevel.errors import UsageError
+from bilevel.hypergradient import ForwardMode, Implicit, OneStep, Unrolled
+from bilevel.linalg import GMRES, BiCGStab, ConjugateGradient, DenseCholesky, DenseLU, IdentitySolver
+from bilevel.solvers import (
+    LBFGS,
+    AndersonAcceleration,
+    GradientDescent,
+    NewtonCG,
+    Project,
+    ProximalGradient,
+    SoftThreshold,
+)
+
+CG = Implicit(linear_solver=ConjugateGradient(rtol=1e-9))
+SOLVED = LBFGS(max_steps=2000, atol=1e-8)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Ridge(Problem):
+    """The base of most cases: a penalty for each of four features."""
+
+    constraints = {"penalty": Positive()}
+
+    def __init__(self, features=4, seed=0):
+        self.x, self.y = normal(30, features, seed=seed), normal(30, seed=seed + 1)
+        self.x_val, self.y_val = normal(20, features, seed=seed + 2), normal(20, seed=seed + 3)
+
+    def init_hparams(self):
+        return {"penalty": torch.linspace(0.5, 2.0, self.x.shape[1]).to(self.x)}
+
+    def init_params(self, hparams):
+        return {"w": self.x.new_zeros(self.x.shape[1])}
+
+    def data(self, batch):
+        return self.x, self.y
+
+    def inner_loss(self, params, hparams, batch):
+        x, y = self.data(batch)
+        return (x @ params["w"] - y).square().mean() + (hparams["penalty"] * params["w"].square()).sum()
+
+    def outer_loss(self, params, hparams, batch):
+        return (self.x_val @ params["w"] - self.y_val).square().mean()
+
+
+class Net(Ridge):
+    """A small network given as a module; `layer` is put between its two linear maps."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        torch.manual_seed(0)
+        parts = [("first", torch.nn.Linear(4, 3)), *layers, ("last", torch.nn.Linear(3, 1))]
+        self.model = torch.nn.Sequential(OrderedDict(parts))
+        self.start = {name: value.detach().clone() for name, value in self.model.named_parameters()}
+
+    def init_hparams(self):
+        return {"penalty": torch.tensor(0.1)}
+
+    def init_params(self, hparams):
+        return dict(self.start)
+
+    def predict(self, params, x):
+        return torch.func.functional_call(self.model, params, (x,)).squeeze(-1)
+
+    def inner_loss(self, params, hparams, batch):
+        decay = sum(value.square().sum() for value in params.values())
+        return (self.predict(params, self.x) - self.y).square().mean() + hparams["penalty"] * decay
+
+    def outer_loss(self, params, hparams, batch):
+        hidden = self.x_val @ params["first.weight"].mT + params["first.bias"]
+        return (
+            (torch.tanh(hidden) @ params["last.weight"].mT + params["last.bias"] - self.y_val[:, None]).square().mean()
+        )
+
+
+# --- planted faults ---------------------------------------------------------------------------------------------------
+
+
+class FreshMinibatch(Ridge):
+    def data(self, batch):
+        index = torch.randint(len(self.x), (20,))
+        return self.x[index], self.y[index]
+
+
+class ImpureBatches(Ridge):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+        self.inner_batches = self.draw
+
+    def draw(self, step, inner_step):
+        self.calls += 1
+        return torch.randperm(len(self.x), generator=torch.Generator().manual_seed(self.calls))[:25]
+
+    def data(self, batch):
+        return self.x[batch], self.y[batch]
+
+
+class Augmented(Ridge):
+    def data(self, batch):
+        return self.x + 0.1 * torch.randn_like(self.x), self.y
+
+
+class AugmentedByNumpy(Ridge):
+    def data(self, batch):
+        return self.x + torch.as_tensor(np.random.randn(*self.x.shape)).to(self.x), self.y
+
+
+_SHIFTS = np.random.default_rng(0)
+
+
+class HiddenNoise(Ridge):
+    def data(self, batch):
+        return self.x + float(_SHIFTS.normal()), self.y
+
+
+class InPlace(Ridge):
+    def data(self, batch):
+        return self.x.mul_(1.01), self.y
+
+
+class Saddle(Ridge):
+    """The second parameter stands on a ridge from which no gradient leads away."""
+
+    def inner_loss(self, params, hparams, batch):
+        w = params["w"]
+        return super().inner_loss({"w": w * torch.tensor([1.0, 0.0, 1.0, 1.0])}, hparams, batch) - w[1].square()
+
+
+class Disconnected(Ridge):
+    def init_hparams(self):
+        return {**super().init_hparams(), "momentum": torch.tensor(0.9)}
+
+
+class OnlyTheStart(Ridge):
+    def init_hparams(self):
+        return {**super().init_hparams(), "start": torch.tensor(0.3)}
+
+    def init_params(self, hparams):
+        return {"w": hparams["start"].to(self.x) * torch.ones(4).to(self.x)}
+
+
+class WrongOptimality(Ridge):
+    """Forgets the factor two of the penalty, as one does by hand."""
+
+    def optimality(self, params, hparams, batch):
+        residual = self.x @ params["w"] - self.y
+        return {"w": 2 * self.x.mT @ residual / len(self.y) + hparams["penalty"] * params["w"]}
+
+
+class DetachedOptimality(Problem):
+    """Right values, but one of its terms is cut from the graph."""
+
+    def init_hparams(self):
+        return {"a": torch.tensor([0.3, 0.6])}
+
+    def init_params(self, hparams):
+        return {"x": torch.zeros(2)}
+
+    def optimality(self, params, hparams, batch):
+        return {"x": params["x"] - 0.5 * torch.tanh(params["x"].detach()) - hparams["a"]}
+
+    def outer_loss(self, params, hparams, batch):
+        return params["x"].square().sum()
+
+
+class Circle(Problem):
+    """`x² + th² = 1` at x = 0, where x stops being a function of th."""
+
+    def init_hparams(self):
+        return {"th": torch.tensor(1.0)}
+
+    def init_params(self, hparams):
+        return {"x": torch.zeros(1)}
+
+    def optimality(self, params, hparams, batch):
+        return {"x": params["x"].square() + hparams["th"] ** 2 - 1.0}
+
+    def outer_loss(self, params, hparams, batch):
+        return (params["x"] - 2.0).square().sum()
+
+
+class FlatDirection(Ridge):
+    def inner_loss(self, params, hparams, batch):
+        w = params["w"] * torch.tensor([1.0, 1.0, 0.0, 1.0]).to(self.x)
+        return super().inner_loss({"w": w}, hparams, batch)
+
+
+class Kink(Problem):
+    """A ReLU whose argument is zero at the minimum."""
+
+    def init_hparams(self):
+        return {"th": torch.tensor([0.5, -1.0])}
+
+    def init_params(self, hparams):
+        return {"x": torch.zeros(2)}
+
+    def inner_loss(self, params, hparams, batch):
+        gap = params["x"] - hparams["th"]
+        return torch.relu(gap).sum() + gap.square().sum() / 2
+
+    def outer_loss(self, params, hparams, batch):
+        return (params["x"] - 1.0).square().sum()
+
+
+class Cube(torch.autograd.Function):
+    """`x³` whose second derivative is wrong."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * 3 * x.detach() * x  # its own derivative is 3 x instead of 6 x
+
+
+class WrongBackward(Ridge):
+    def inner_loss(self, params, hparams, batch):
+        return super().inner_loss(params, hparams, batch) + Cube.apply(params["w"].square() + 1.0).sum() / 10
+
+
+class DetachedPenalty(Ridge):
+    def inner_loss(self, params, hparams, batch):
+        scaled = hparams["penalty"] * hparams["penalty"].detach()
+        x, y = self.data(batch)
+        return (x @ params["w"] - y).square().mean() + (scaled * params["w"].square()).sum()
+
+
+FAULTS = {
+    "dropout on": (lambda: Net(("drop", torch.nn.Dropout(0.5))), {}, Flaw.dropout, "drop"),
+    "tracked BatchNorm": (lambda: Net(("norm", torch.nn.BatchNorm1d(3))), {}, Flaw.tracked_batch_norm, "norm"),
+    "fresh minibatch per product": (FreshMinibatch, {}, Flaw.fresh_minibatch, "randint"),
+    "impure batches": (ImpureBatches, {"solver": GradientDescent()}, Flaw.fresh_minibatch, "inner_batches"),
+    "augmentation noise": (Augmented, {}, Flaw.noise, "randn_like"),
+    "augmentation by NumPy": (AugmentedByNumpy, {}, Flaw.noise, "NumPy"),
+    "hidden noise": (HiddenNoise, {}, Flaw.hidden_randomness, "inner_loss"),
+    "data changed in place": (InPlace, {}, Flaw.changed_in_place, "x"),
+    "indefinite Hessian": (Saddle, {}, Flaw.indefinite_hessian, "-2"),
+    "unconverged inner solve": (Ridge, {"solver": GradientDescent(max_steps=3)}, Flaw.unconverged_inner_solve, "max_steps"),
+    "a budget too small": (Ridge, {"solver": GradientDescent(max_steps=3, atol=0.0)}, Flaw.unconverged_inner_solve, "3 steps"),
+    "disconnected hyperparameter": (Disconnected, {}, Flaw.disconnected_hyperparameter, "'momentum'"),
+    "only in the starting point": (OnlyTheStart, {}, Flaw.disconnected_hyperparameter, "'start'.*initial"),
+    "wrong custom optimality": (
+        WrongOptimality,
+        {"solver": AndersonAcceleration(learning_rate=0.1, atol=1e-10), "hypergradient": Implicit(linear_solver=DenseLU())},
+        Flaw.wrong_optimality, "gradient of inner_loss",
+    ),
+    "optimality cut from its graph": (
+        DetachedOptimality,
+        {"solver": AndersonAcceleration(learning_rate=0.5, atol=1e-10), "hypergradient": Implicit(linear_solver=DenseLU())},
+        Flaw.wrong_optimality, "",
+    ),
+    "singular Hessian": (
+        Circle, {"solver": GradientDescent(), "hypergradient": Implicit(linear_solver=DenseLU())}, Flaw.singular_hessian, "",
+    ),
+    "flat direction": (FlatDirection, {}, Flaw.singular_hessian, "least eigenvalue"),
+    "kink": (Kink, {"solver": GradientDescent(learning_rate=0.5, max_steps=500)}, Flaw.kink, "one side"),
+    "wrong backward": (WrongBackward, {}, Flaw.wrong_derivative, "finite differences"),
+    "detached hyperparameter": (DetachedPenalty, {}, Flaw.wrong_mixed_product, "mixed product"),
+    "linear solve too loose": (
+        lambda: Ridge(12), {"hypergradient": Implicit(linear_solver=ConjugateGradient(rtol=None, max_steps=1))},
+        Flaw.unsolved_linear_system, "budget_spent",
+    ),
+    "biased method": (Ridge, {"hypergradient": Implicit(linear_solver=IdentitySolver(0.1))}, Flaw.biased_method, "Identity"),
+    "one step": (Ridge, {"solver": GradientDescent(max_steps=2000), "hypergradient": OneStep()}, Flaw.biased_method, "one inner"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_caught_under_its_own_name(name):
+    make, options, flaw, place = FAULTS[name]
+    torch.manual_seed(0)
+    certificate = check(make(), **{"solver": SOLVED, "hypergradient": CG, **options})
+    assert certificate.verdict is Verdict.fault
+    assert list(certificate.found) == [flaw], certificate.found
+    assert re.search(place, certificate.found[flaw])
+
+
+# --- sound problems ---------------------------------------------------------------------------------------------------
+
+
+class Logistic(Ridge):
+    def inner_loss(self, params, hparams, batch):
+        margin = torch.sign(self.y) * (self.x @ params["w"])
+        return softplus(-margin).mean() + (hparams["penalty"] * params["w"].square()).sum()
+
+
+class Softmax(Ridge):
+    def init_params(self, hparams):
+        return {"w": self.x.new_zeros(3, 4), "b": self.x.new_zeros(3)}
+
+    def init_hparams(self):
+        return {"penalty": {"w": torch.tensor(0.1), "b": torch.tensor(0.2)}}
+
+    def inner_loss(self, params, hparams, batch):
+        label = (self.y > 0).long() + (self.y > 1).long()
+        decay = hparams["penalty.w"] * params["w"].square().sum() + hparams["penalty.b"] * params["b"].square().sum()
+        return cross_entropy(self.x @ params["w"].mT + params["b"], label) + decay
+
+    def outer_loss(self, params, hparams, batch):
+        return cross_entropy(self.x_val @ params["w"].mT + params["b"], (self.y_val > 0).long())
+
+
+class Poisson(Ridge):
+    def inner_loss(self, params, hparams, batch):
+        rate = self.x @ params["w"]
+        return (rate.exp() - self.y.abs() * rate).mean() + (hparams["penalty"] * params["w"].square()).sum()
+
+
+class Weights(Ridge):
+    """A weight for each example, as in data cleaning."""
+
+    constraints = {"weight": Box(0.0, 1.0)}
+
+    def init_hparams(self):
+        return {"weight": torch.full((30,), 0.5)}
+
+    def inner_loss(self, params, hparams, batch):
+        loss = (self.x @ params["w"] - self.y).square()
+        return (hparams["weight"] * loss).mean() + 0.1 * params["w"].square().sum()
+
+
+class Mixture(Ridge):
+    constraints = {"mix": Simplex()}
+
+    def init_hparams(self):
+        return {"mix": torch.tensor([0.2, 0.3, 0.5])}
+
+    def inner_loss(self, params, hparams, batch):
+        losses = (self.x @ params["w"] - self.y).square().reshape(3, 10).mean(-1)
+        return hparams["mix"] @ losses + 0.1 * params["w"].square().sum()
+
+
+class Targets(Ridge):
+    constraints = {}
+
+    def init_hparams(self):
+        return {"shift": torch.tensor(0.3), "scale": torch.ones(4)}
+
+    def inner_loss(self, params, hparams, batch):
+        return (self.x @ params["w"] - self.y - hparams["shift"]).square().mean() + 0.1 * (
+            hparams["scale"].exp() * params["w"].square()
+        ).sum()
+
+    def outer_loss(self, params, hparams, batch):
+        return super().outer_loss(params, hparams, batch) + 0.01 * hparams["shift"] ** 2
+
+
+class IllConditioned(Ridge):
+    def __init__(self):
+        super().__init__(features=8)
+        self.x = self.x * torch.logspace(0, -3, 8)
+
+    def init_hparams(self):
+        return {"penalty": torch.full((8,), 1e-6)}
+
+
+class Equilibrium(Problem):
+    """A deep equilibrium layer: an unsymmetric Jacobian, no loss."""
+
+    def __init__(self):
+        self.matrix = 0.3 * normal(5, 5, seed=4)
+
+    def init_hparams(self):
+        return {"input": torch.linspace(-1, 1, 5)}
+
+    def init_params(self, hparams):
+        return {"z": torch.zeros(5)}
+
+    def optimality(self, params, hparams, batch):
+        return {"z": params["z"] - torch.tanh(self.matrix @ params["z"] + hparams["input"])}
+
+    def outer_loss(self, params, hparams, batch):
+        return params["z"].square().sum() + hparams["input"].sum()
+
+
+class BothGiven(Ridge):
+    def optimality(self, params, hparams, batch):
+        residual = self.x @ params["w"] - self.y
+        return {"w": self.x.mT @ residual / len(self.y) + hparams["penalty"] * params["w"]}  # half the gradient
+
+
+class Tasks(Ridge):
+    num_tasks = 3
+
+    def __init__(self):
+        super().__init__()
+        self.xs, self.ys = normal(3, 12, 4, seed=9), normal(3, 12, seed=10)
+
+    def inner_batches(self, step, inner_step):
+        return {"x": self.xs, "y": self.ys}
+
+    def inner_loss(self, params, hparams, batch):
+        residual = batch["x"] @ params["w"] - batch["y"]
+        return residual.square().mean() + (hparams["penalty"] * params["w"].square()).sum()
+
+
+class Plain(Ridge):
+    """The inner problem of a lasso or a box, without its non-smooth term."""
+
+    def init_hparams(self):
+        return {"strength": torch.tensor(0.05)}
+
+    constraints = {"strength": Positive()}
+
+    def inner_loss(self, params, hparams, batch):
+        return (self.x @ params["w"] - self.y).square().mean() + hparams["strength"] * params["w"].square().sum()
+
+
+class Learned(Ridge):
+    """A learning rate reaches only the iterate: its derivative at the solution is zero, and that is right."""
+
+    def init_hparams(self):
+        return {**super().init_hparams(), "rate": torch.tensor(0.1)}
+
+
+class Attention(Ridge):
+    def init_hparams(self):
+        return {"penalty": torch.tensor(0.2)}
+
+    def init_params(self, hparams):
+        return {"q": 0.3 * normal(2, 2, seed=1).to(self.x), "v": normal(2, seed=2).to(self.x)}
+
+    def predict(self, params, x):
+        tokens = x.reshape(1, -1, 2, 2).transpose(1, 2)[0]
+        mixed = torch.nn.functional.scaled_dot_product_attention(tokens @ params["q"], tokens, tokens)
+        return (mixed @ params["v"]).sum(0)
+
+    def inner_loss(self, params, hparams, batch):
+        decay = sum(value.square().sum() for value in params.values())
+        return (self.predict(params, self.x) - self.y).square().mean() + hparams["penalty"] * decay
+
+    def outer_loss(self, params, hparams, batch):
+        return (self.predict(params, self.x_val) - self.y_val).square().mean()
+
+
+class Classifier(Ridge):
+    def inner_loss(self, params, hparams, batch):
+        logits = self.x @ params["w"]
+        return (
+            binary_cross_entropy_with_logits(logits, (self.y > 0).to(logits))
+            + (hparams["penalty"] * params["w"].square()).sum()
+        )
+
+
+DESCENT = GradientDescent(learning_rate=0.1, momentum=0.5, max_steps=5000, atol=1e-10)
+ANDERSON = AndersonAcceleration(learning_rate=0.2, atol=1e-11, max_steps=500)
+GENERAL = Implicit(linear_solver=GMRES(rtol=1e-9))
+SOUND = {
+    "ridge": (Ridge, {}),
+    "ridge, another seed": (lambda: Ridge(6, seed=50), {}),
+    "logistic": (Logistic, {}),
+    "softmax": (Softmax, {}),
+    "Poisson": (Poisson, {"solver": NewtonCG(atol=1e-9)}),
+    "example weights": (Weights, {}),
+    "mixture on a simplex": (Mixture, {}),
+    "shifted targets": (Targets, {}),
+    "ill-conditioned": (IllConditioned, {"hypergradient": Implicit(linear_solver=DenseCholesky())}),
+    "equilibrium": (Equilibrium, {"solver": ANDERSON, "hypergradient": GENERAL}),
+    "equilibrium, BiCGStab": (Equilibrium, {"solver": ANDERSON, "hypergradient": Implicit(linear_solver=BiCGStab(rtol=1e-9))}),
+    "optimality and loss": (BothGiven, {"solver": ANDERSON, "hypergradient": GENERAL}),
+    "tasks": (Tasks, {"solver": DESCENT}),
+    "lasso": (
+        Plain, {"solver": ProximalGradient(proximal=SoftThreshold(0.05), learning_rate=0.1, max_steps=5000, atol=1e-11),
+                "hypergradient": GENERAL},
+    ),
+    "box": (
+        Plain, {"solver": ProximalGradient(proximal=Project(0.0, 0.2), learning_rate=0.1, max_steps=5000, atol=1e-11),
+                "hypergradient": GENERAL},
+    ),
+    "unrolled to the end": (Ridge, {"solver": DESCENT, "hypergradient": Unrolled()}),
+    "forward to the end": (Ridge, {"solver": DESCENT, "hypergradient": ForwardMode()}),
+    "learning rate, unrolled": (
+        Learned, {"solver": GradientDescent(learning_rate="rate", max_steps=3000, atol=1e-12), "hypergradient": Unrolled()},
+    ),
+    "tanh network": (lambda: Net(("act", torch.nn.Tanh())), {}),
+    "layer normalisation": (lambda: Net(("norm", torch.nn.LayerNorm(3)), ("act", torch.nn.Tanh())), {}),
+    "dropout switched off": (lambda: Net(("act", torch.nn.Tanh()), ("drop", torch.nn.Dropout(0.5).eval())), {}),
+    "frozen BatchNorm": (lambda: Net(("norm", torch.nn.BatchNorm1d(3).eval()), ("act", torch.nn.Tanh())), {}),
+    "attention": (Attention, {}),
+    "classifier": (Classifier, {"solver": DESCENT}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SOUND)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_no_sound_problem_is_accused(name, seed):
+    make, options = SOUND[name]
+    certificate = check(make(), **{"solver": SOLVED, "hypergradient": CG, "seed": seed, **options})
+    assert certificate.found == {} and certificate.verdict is Verdict.sound
+
+
+# --- verdicts and the command -----------------------------------------------------------------------------------------
+
+UNSOLVED = {"solver": GradientDescent(max_steps=3), "hypergradient": CG}
+
+
+def test_declared_findings_are_approximate_and_pass():
+    certificate = check(Ridge(), **UNSOLVED, declared={"unconverged_inner_solve": "three steps on purpose"})
+    assert certificate.verdict is Verdict.approximate and certificate.undeclared == [] == certificate.absent
+
+
+def test_a_declared_finding_that_is_absent_fails():
+    certificate = check(Ridge(), hypergradient=CG, declared={"kink": "there was a ReLU once"})
+    assert certificate.verdict is Verdict.fault and certificate.absent == ["kink"] and not certificate.found
+
+
+def test_a_declaration_of_something_else_does_not_cover_a_finding():
+    certificate = check(Ridge(), **UNSOLVED, declared={"kink": "there was a ReLU once"})
+    assert [flaw.name for flaw in certificate.undeclared] == ["unconverged_inner_solve"] and certificate.absent == [
+        "kink"
+    ]
+
+
+def test_an_unknown_declaration_is_refused_by_name():
+    with pytest.raises(UsageError, match="is 'unconverged_inner_solv': did you mean 'unconverged_inner_solve'"):
+        check(Ridge(), declared={"unconverged_inner_solv": "typed wrongly"})
+
+
+def test_the_problem_is_left_as_it_was():
+    torch.manual_seed(3)
+    problem = Net(("drop", torch.nn.Dropout(0.5)))
+    expected = {name: value.clone() for name, value in problem.start.items()}
+    check(problem, hypergradient=CG)
+    assert problem.model.first.weight.dtype == torch.float32 and problem.x.dtype == torch.float32
+    assert all(torch.equal(problem.start[name], value) for name, value in expected.items())
+    assert problem.model.training
+
+
+def test_errors_fall_as_products_are_spent():
+    curves = check(Ridge(12), hypergradient=CG).curves
+    assert set(curves) == {"cg", "minres", "neumann"}
+    for name, curve in curves.items():
+        products, errors = zip(*curve, strict=True)
+        assert list(products) == sorted(products) and errors[-1] < 1e-6 * errors[0], name
+
+
+def run(tmp_path, capsys, *words):
+    status = main(["check", f"output_dir={tmp_path}", "experiment=digits", *words])
+    out = capsys.readouterr().out
+    path = out.strip().splitlines()[-1].removeprefix("certificate: ")
+    return status, out, json.loads(open(path).read()), path
+
+
+def test_the_command_certifies_an_experiment(tmp_path, capsys):
+    status, out, content, path = run(tmp_path, capsys)
+    assert status == 0 and content["verdict"] == "sound" and "sound: every check passed" in out
+    assert all(row["passed"] for row in content["checks"]) and content["error against products"]["cg"]
+    picture = path.replace(".json", ".png")
+    assert open(picture, "rb").read(8) == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_command_fails_on_a_finding_and_passes_it_when_declared(tmp_path, capsys):
+    short = ["solver.max_steps=1"]
+    status, out, content, _ = run(tmp_path, capsys, *short)
+    assert status == 1 and content["verdict"] == "fault" and content["undeclared"] == ["unconverged_inner_solve"]
+    assert "what to do: allow more inner steps" in out
+    declared = ["+check.declared.unconverged_inner_solve='one step, to see what happens'"]
+    status, out, content, _ = run(tmp_path, capsys, *short, *declared)
+    assert status == 0 and content["verdict"] == "approximate" and "declared: one step, to see what happens" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["-m", "experiment=digits"], "check looks at one configuration"),
+        (["resume=outputs"], "resume"),
+        (["experiment=digit"], "did you mean 'digits'"),
+        (["experiment=digits", "+check.declared.kinks=yes"], "did you mean 'kink'"),
+    ],
+)
+def test_mistakes_of_the_command_line_are_one_sentence(words, said, capsys, tmp_path):
+    assert main(["check", f"output_dir={tmp_path}", *words]) == 2
+    assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
