@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bilevel.broadcast import Broadcast
     from bilevel.constraints import Box, Constraint, Positive, Real, Simplex, UnitInterval
     from bilevel.diagnostics import check
     from bilevel.errors import UsageError
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Box": "constraints", "Constraint": "constraints", "Positive": "constraints", "Real": "constraints",
+    "Box": "constraints", "Broadcast": "broadcast", "Constraint": "constraints", "Positive": "constraints",
+    "Real": "constraints",
     "Simplex": "constraints", "UnitInterval": "constraints", "UsageError": "errors",
     "FiniteDifference": "hypergradient", "ForwardMode": "hypergradient", "Implicit": "hypergradient",
     "OneStep": "hypergradient", "Unrolled": "hypergradient", "hypergradient_at": "hypergradient",
@@ -34,6 +36,7 @@ _HOMES = {
 
 __all__ = [
     "Box",
+    "Broadcast",
     "Callback",
     "Constraint",
     "FiniteDifference",

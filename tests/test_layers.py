@@ -20,13 +20,14 @@ ROOT = Path(__file__).resolve().parent.parent
 BASE = {"errors", "jsonable", "outcome", "tree", "result", "rng", "autodiff", "purity"}
 LINALG = BASE | {"linalg"}
 CORE = LINALG | {"implicit", "solvers"}
-PROBLEM = CORE | {"problem", "constraints", "flat", "receipt"}
+PROBLEM = CORE | {"problem", "constraints", "broadcast", "flat", "receipt"}
 ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(sorted(BASE), BASE),
     "linalg": BASE,
     "implicit": LINALG,
     "solvers": LINALG | {"implicit"},
     "constraints": BASE,
+    "broadcast": BASE,
     "problem": CORE | {"constraints"},
     "flat": CORE | {"constraints", "problem"},
     "receipt": PROBLEM,

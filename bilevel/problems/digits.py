@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from bilevel.broadcast import Broadcast, Groups
 from bilevel.constraints import Constraint, Positive
 from bilevel.data import Minibatches, load_digits
-from bilevel.errors import UsageError, nearest
+from bilevel.errors import UsageError
 from bilevel.problem import Problem
 from bilevel.rng import generator, normal
 
 Tensors = Mapping[str, Tensor]
 NUM_PIXELS, NUM_CLASSES = 64, 10
-SHAPES = {"shared": (), "per_feature": (1, NUM_PIXELS), "per_weight": (NUM_CLASSES, NUM_PIXELS)}
 
 
 class _Digits(Problem):
@@ -70,7 +70,8 @@ class DigitsSoftmax(_Digits):
     Hessian that is not singular.
 
     Args:
-        penalty: one penalty (`shared`), one for each pixel (`per_feature`, 64) or each weight (`per_weight`, 640).
+        penalty: one penalty (`shared`), one for each pixel (`per_feature`, 64) or each weight (`per_weight`, 640); see
+            `bilevel.broadcast.Broadcast`.
         start: starting value of every penalty.
         batch_size: examples in an inner minibatch; None uses all.
         split_seed: seed of the split.
@@ -79,7 +80,7 @@ class DigitsSoftmax(_Digits):
 
     def __init__(
         self,
-        penalty: Literal["shared", "per_feature", "per_weight"] = "shared",
+        penalty: str = "shared",
         start: float = 1e-2,
         batch_size: int | None = None,
         split_seed: int = 0,
@@ -87,14 +88,11 @@ class DigitsSoftmax(_Digits):
     ) -> None:
         """Load the data; see the class."""
         super().__init__(start, batch_size, split_seed, seed)
-        if penalty not in SHAPES:
-            hint = nearest(str(penalty), SHAPES, "choose one of them.")
-            raise UsageError(f"problem.penalty must be one of {', '.join(SHAPES)}, but is '{penalty}': {hint}")
-        self.penalty_shape = SHAPES[penalty]
+        self.broadcast = Broadcast.of("penalty", penalty, {"weight": self.init_params({})["weight"]})
 
     def init_hparams(self) -> dict[str, Tensor]:
         """The penalties."""
-        return {"penalty": torch.full(self.penalty_shape, self.start_penalty, dtype=self.x.dtype, device=self.x.device)}
+        return self.broadcast.start(self.start_penalty, self.x)
 
     def init_params(self, hparams: Tensors) -> dict[str, Tensor]:
         """Zeros: the problem is convex."""
@@ -107,15 +105,17 @@ class DigitsSoftmax(_Digits):
 
     def penalty(self, params: Tensors, hparams: Tensors) -> Tensor:
         """`Σ λ w² / 2` over the weights."""
-        return 0.5 * (hparams["penalty"] * params["weight"].square()).sum()
+        return 0.5 * (self.broadcast.expand(hparams)["weight"] * params["weight"].square()).sum()
 
 
 class DigitsMLP(_Digits):
-    r"""A smooth multilayer perceptron 64 - hidden - ... - 10 with one weight decay for each parameter, biases included.
+    r"""A smooth multilayer perceptron 64 - hidden - ... - 10 with weight decays, biases included.
 
     Args:
         hidden: widths of the hidden layers.
         start: starting value of every penalty.
+        penalty: how many: `shared` (1), `per_layer`, `per_tensor`, `per_feature`, `per_weight` (each parameter its own), or
+            groups such as `{weights: "*.weight", biases: "*.bias"}`; see `bilevel.broadcast.Broadcast`.
         batch_size: examples in an inner minibatch; None uses all.
         split_seed: seed of the split.
         seed: seed of the minibatches and of the starting weights.
@@ -125,6 +125,7 @@ class DigitsMLP(_Digits):
         self,
         hidden: tuple[int, ...] | list[int] = (32,),
         start: float = 1e-3,
+        penalty: str | Groups = "per_weight",
         batch_size: int | None = None,
         split_seed: int = 0,
         seed: int = 0,
@@ -135,13 +136,11 @@ class DigitsMLP(_Digits):
             raise UsageError(f"problem.hidden must hold widths of at least 1, but is {list(hidden)}.")
         self.widths = [NUM_PIXELS, *hidden, NUM_CLASSES]
         self.seed = seed
+        self.broadcast = Broadcast.of("penalty", penalty, self.init_params({}))
 
     def init_hparams(self) -> dict[str, Tensor]:
-        """A penalty for every parameter, under its name."""
-        return {
-            f"penalty.{name}": torch.full_like(value, self.start_penalty)
-            for name, value in self.init_params({}).items()
-        }
+        """The penalties."""
+        return self.broadcast.start(self.start_penalty, self.x)
 
     def init_params(self, hparams: Tensors) -> dict[str, Tensor]:
         """Scaled normal weights (LeCun), zero biases."""
@@ -162,5 +161,5 @@ class DigitsMLP(_Digits):
 
     def penalty(self, params: Tensors, hparams: Tensors) -> Tensor:
         """`Σ λ w² / 2` over weights and biases; positive ones, so that the biases' common shift has a best value, too."""
-        terms = [(hparams[f"penalty.{name}"] * value.square()).sum() for name, value in params.items()]
-        return 0.5 * torch.stack(terms).sum()
+        decay = self.broadcast.expand(hparams)
+        return 0.5 * torch.stack([(decay[name] * value.square()).sum() for name, value in params.items()]).sum()
