@@ -9,8 +9,9 @@ from typing import Any
 def expected(default: Any, value: Any) -> str | None:
     """What was expected instead of `value`, or None when it fits the default.
 
-    A float takes an integer too; a null default takes anything; null and interpolations fit everywhere (whether a
-    class takes None is judged when it is built, by its signature).
+    A float takes an integer too; a text takes keys, since a choice by name may be spelt out; a null default takes
+    anything; null and interpolations fit everywhere (whether a class takes None is judged when it is built, by its
+    signature).
 
     Example:
         >>> expected(100, "abc")
@@ -31,7 +32,7 @@ _KINDS: tuple[tuple[type, type | tuple[type, ...], str], ...] = (
     (bool, bool, "true or false"),
     (int, int, "an integer"),
     (float, (int, float), "a number"),
-    (str, str, "a text"),
+    (str, (str, dict), "a text"),
     (list, list, "a list such as [1,2]"),
     (dict, dict, "keys such as {key: value}"),
 )
