@@ -1,13 +1,18 @@
 """Linear operators known by their products, and batched solvers for `A x = b`."""
 
+from bilevel.linalg.auto import AutoSolution, AutoSolver
 from bilevel.linalg.bicgstab import BiCGStab
 from bilevel.linalg.cg import ConjugateGradient
 from bilevel.linalg.composite import ProductOperator, ScaledOperator, SumOperator, damped
 from bilevel.linalg.dense import DenseCholesky, DenseLU
 from bilevel.linalg.derivative import GaussNewtonOperator, HessianOperator, JacobianOperator
+from bilevel.linalg.diagonal import DiagonalSolver
 from bilevel.linalg.gmres import GMRES
 from bilevel.linalg.identity import IdentitySolver
 from bilevel.linalg.iterative import IterativeSolver
+from bilevel.linalg.kronecker import BlockKroneckerInverse, KroneckerBlock
+from bilevel.linalg.lbfgs import InverseBFGS
+from bilevel.linalg.lowrank import InverseDiagonalPlusLowRank
 from bilevel.linalg.lsmr import LSMR
 from bilevel.linalg.matrix import DiagonalOperator, IdentityOperator, MatrixOperator
 from bilevel.linalg.minres import MINRES
@@ -31,17 +36,24 @@ __all__ = [
     "NO_TAGS",
     "POSITIVE_DEFINITE",
     "SYMMETRIC",
+    "AutoSolution",
+    "AutoSolver",
     "BiCGStab",
+    "BlockKroneckerInverse",
     "ConjugateGradient",
     "DenseCholesky",
     "DenseLU",
     "DiagonalOperator",
+    "DiagonalSolver",
     "GaussNewtonOperator",
     "HessianOperator",
     "IdentityOperator",
     "IdentitySolver",
+    "InverseBFGS",
+    "InverseDiagonalPlusLowRank",
     "IterativeSolver",
     "JacobianOperator",
+    "KroneckerBlock",
     "LinearOperator",
     "LinearSolver",
     "MatrixOperator",

@@ -1,4 +1,4 @@
-"""The solver that does not solve: the inverse is replaced by a multiple of the identity."""
+"""The solver that does not solve: the inverse is replaced by a multiple of the identity, or by the preconditioner."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from bilevel.result import Result, Solution, full_codes
 
 @dataclass(frozen=True)
 class IdentitySolver(LinearSolver):
-    r"""`A^-1 ≈ scale I`: no product at all; the T1-T2 or first-order hypergradient.
+    r"""`A^-1 ≈ scale I`, or `scale M^-1` with a preconditioner: no product at all; the T1-T2 or first-order hypergradient.
 
-    Biased: exact only where `A = I / scale`. With `scale` the inner learning rate it is the derivative of one inner
-    gradient step from the solution.
+    Biased: exact only where `A = I / scale` (or `A = M / scale`). With `scale` the inner learning rate it is the derivative
+    of one inner gradient step from the solution; with a preconditioner, of one preconditioned step.
 
     Args:
         scale: the factor, above 0.
@@ -54,8 +54,10 @@ class IdentitySolver(LinearSolver):
         rtol: float | None = None,
         preconditioner: LinearOperator | None = None,
     ) -> Solution:
-        """`scale * b`; the residual is not known without a product, and is NaN."""
+        """`scale * b` or `scale * M^-1 b`; the residual is not known without a product, and is NaN."""
         check_vector(state, vector)
+        with torch.no_grad():
+            value = vector if preconditioner is None else preconditioner.mv(vector)
         nan = torch.full(vector.shape[:-1], torch.nan, dtype=vector.dtype, device=vector.device)
         result = full_codes(Result.budget_spent, vector.shape[:-1], vector.device)
-        return Solution(self.scale * vector, result, torch.zeros_like(result), nan, nan, nan)
+        return Solution(self.scale * value, result, torch.zeros_like(result), nan, nan, nan)

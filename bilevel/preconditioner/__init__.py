@@ -1,5 +1,9 @@
 """Preconditioners for the linear system with the inner Hessian, reusable across outer steps."""
 
 from bilevel.preconditioner.base import Preconditioner, Prepared
+from bilevel.preconditioner.jacobi import AdamSecondMoment, Jacobi
+from bilevel.preconditioner.kfac import EKFAC, KFAC
+from bilevel.preconditioner.lbfgs_pairs import LBFGSPairs
+from bilevel.preconditioner.nystrom import Nystrom
 
-__all__ = ["Preconditioner", "Prepared"]
+__all__ = ["EKFAC", "KFAC", "AdamSecondMoment", "Jacobi", "LBFGSPairs", "Nystrom", "Preconditioner", "Prepared"]

@@ -21,7 +21,7 @@ class Prepared:
     Attributes:
         operator: approximates the inverse of the linearisation's operator; symmetric positive definite.
         state: tensors from which `Preconditioner.restore` makes the operator again in later outer steps.
-        num_mv: matrix-vector products spent on it.
+        num_mv: matrix-vector products spent on it; other passes through the model count as one each.
     """
 
     operator: LinearOperator
@@ -51,4 +51,9 @@ class Preconditioner(ABC):
 
     @abstractmethod
     def restore(self, at: Linearisation, state: State) -> LinearOperator:
-        """The operator again from the tensors of an earlier `build`, for the operator of `at`; costs no product."""
+        """The operator again from the tensors of an earlier `build`, for the operator of `at`; costs no product.
+
+        What is known without a product, the penalty, is that of `at`; what was found at the earlier point stays. Positive
+        definite whatever has changed, useful while the data's curvature has not: it ages the faster, the larger its ratio to
+        the penalty.
+        """

@@ -1,0 +1,198 @@
+"""Compiled products beside eager ones: what they save, what compiling costs, and when it has paid off.
+
+    python -m benchmarks.compiled          (JAXopt takes part when it is installed: pip install 'bilevel[peers]')
+
+"setup" is what a new point costs before its first product: the eager graph, or the part of the traced one that does not
+depend on the vector, with the evaluation that guards it. "matrix products alone" is the arithmetic that no way gets
+around. Compiling starts with an empty cache, and counts tracing, the compiler and the comparison with eager products;
+later processes find the code in torch's cache. The whole hypergradient is that of `python -m benchmarks.hypergradient`:
+outer gradient, 20 steps of conjugate gradient, mixed product; JAXopt's is judged at 20 products, too.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import Claim, Row, finish, interleaved, parse, table
+from benchmarks.hypergradient import EXTRA, LARGE, PRODUCTS, SMALL, difference, floor
+from benchmarks.operators import Network, convolutional, plain
+from benchmarks.peers import JAX, PEERS, Hypergradient, versions
+from benchmarks.task import Task
+from bilevel.flat import FlatProblem, StepBatches
+from bilevel.hypergradient.method import outer_gradients
+from bilevel.linalg import ConjugateGradient
+from bilevel.linalg.compiled import CompiledDerivatives
+from bilevel.linalg.differentiate import Derivatives, differentiate
+from bilevel.tree import TensorDict
+
+EAGER, COMPILED, FLOOR = "bilevel, eager", "bilevel, compiled", "matrix products alone"
+FASTER = 3.0  # products of the small network, over eager ones
+At = Callable[..., Derivatives]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss whose products are timed.
+
+    Attributes:
+        name: what it is.
+        loss: `(x, args, data) -> ()`.
+        point: `x`.
+        args: what the mixed product differentiates by.
+        task: the bilevel problem, if there is one.
+    """
+
+    name: str
+    loss: Callable[[Tensor, TensorDict, Any], Tensor]
+    point: Tensor
+    args: TensorDict = field(default_factory=dict)
+    task: Task | None = None
+
+    @classmethod
+    def of_task(cls, task: Task) -> Case:
+        """The inner loss of a task at its solution."""
+        flat = FlatProblem.of(task.problem, task.decay)
+
+        def loss(x: Tensor, args: Mapping[str, Tensor], data: Any) -> Tensor:
+            inner = flat.objective(data).loss
+            assert inner is not None
+            return inner(x, args)
+
+        return cls(task.name, loss, flat.layout.ravel(task.params), task.decay, task)
+
+    @classmethod
+    def of_network(cls, network: Network) -> Case:
+        """A network without hyperparameters."""
+        return cls(network.name, lambda x, args, data: network.loss(x), network.point)
+
+
+def hypergradient(case: Case, at: At) -> Hypergradient:
+    """The hypergradient of a task by the theorem, with the products that `at` gives."""
+    task = case.task
+    assert task is not None
+    flat, solver = FlatProblem.of(task.problem, task.decay), ConjugateGradient(rtol=None, max_steps=PRODUCTS)
+    batches = StepBatches(task.problem, 0)
+
+    def compute() -> TensorDict:
+        _, by_params, direct = outer_gradients(flat, case.point, task.decay, batches)
+        here = at(case.loss, case.point, task.decay)
+        solution = solver.compute(solver.init(here.operator), by_params)
+        assert int(solution.num_mv) == PRODUCTS, "conjugate gradient ended early: the work is not the same"
+        return {name: direct[name] - part for name, part in here.mixed(solution.value).items()}
+
+    return compute
+
+
+def measure_products(case: Case, at: CompiledDerivatives, rounds: int, device: str) -> list[Row]:
+    """One row for each way to make a product; compiles first."""
+    vector = torch.randn(case.point.shape, generator=torch.Generator().manual_seed(1)).to(case.point)
+    ways: dict[str, At] = {EAGER: differentiate, COMPILED: at.at}
+    here = {name: way(case.loss, case.point, case.args) for name, way in ways.items()}
+    fallback = here[COMPILED].fallback
+    repeats = 10 if len(case.point) < 100_000 else 1
+
+    def product(name: str) -> None:
+        for _ in range(repeats):
+            here[name].operator.mv(vector)
+
+    functions: dict[str, Callable[[], Any]] = {}
+    for name, way in ways.items():
+        functions[name] = partial(product, name)
+        functions[f"{name}, setup"] = partial(way, case.loss, case.point, case.args)
+    if case.task is not None:
+        functions[FLOOR] = floor(case.task, PRODUCTS)
+        functions[f"{FLOOR}, setup"] = floor(case.task, 0)
+    seconds = interleaved(functions, rounds, device=device)
+    eager, compiled = seconds[EAGER] / repeats, seconds[COMPILED] / repeats
+    spent = sum(at.seconds.values())
+    rows: list[Row] = [
+        {"problem": case.name, "product": EAGER, "ms": 1e3 * eager, "setup ms": 1e3 * seconds[f"{EAGER}, setup"]},
+        {"problem": case.name, "product": COMPILED, "ms": 1e3 * compiled, "setup ms": 1e3 * seconds[f"{COMPILED}, setup"],
+         "times faster": eager / compiled, **{f"{what} s": value for what, value in at.seconds.items()},
+         "paid off after products": spent / (eager - compiled) if eager > compiled else None},
+    ]  # fmt: skip
+    if fallback is not None:
+        rows[1]["note"] = fallback
+    if case.task is not None:
+        each = (seconds[FLOOR] - seconds[f"{FLOOR}, setup"]) / PRODUCTS
+        rows.append({"problem": case.name, "product": FLOOR, "ms": 1e3 * each, "times faster": eager / each})
+    return rows
+
+
+def measure_hypergradients(case: Case, at: CompiledDerivatives, rounds: int, device: str) -> list[Row]:
+    """One row for each way to a whole hypergradient."""
+    task = case.task
+    assert task is not None
+    functions = {COMPILED: hypergradient(case, at.at), EAGER: hypergradient(case, differentiate)}
+    missing: list[Row] = []
+    try:
+        functions[JAX] = PEERS[JAX](task, PRODUCTS)
+    except ImportError as error:
+        missing = [{"problem": case.name, "hypergradient": JAX, "note": f"not installed ({error.name or error})"}]
+    functions[FLOOR] = floor(task, PRODUCTS)
+    seconds = interleaved(functions, rounds, device=device)
+    equal = {name: spent * PRODUCTS / (PRODUCTS + EXTRA.get(name, 0)) for name, spent in seconds.items()}
+    return [
+        {"problem": case.name, "hypergradient": name, "compiled / it": equal[COMPILED] / equal[name],
+         "ms for 20 products": 1e3 * equal[name]}
+        for name in functions
+    ] + missing  # fmt: skip
+
+
+def disagreement(task: Task) -> float:
+    """Relative difference of the compiled hypergradient from the eager one in float64."""
+    case = Case.of_task(task.double())
+    return difference(hypergradient(case, differentiate)(), hypergradient(case, CompiledDerivatives().at)())
+
+
+def ratio(rows: list[Row], way: str, name: str, figure: str) -> float | None:
+    """A figure of one row; None when it was not measured."""
+    (value,) = (row.get(figure) for row in rows if row.get(way) == name)
+    return value
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure the products of two networks of dense layers and a convolutional one, and two hypergradients."""
+    options = parse(str(__doc__).splitlines()[0], argv)
+    device, quick = options.device, options.quick
+    rows: list[Row] = []
+    claims: list[Claim] = []
+    tasks = {"small": ((16, 16, 16, 4), 200, 100)} if quick else {"small": (*SMALL, 100), "large": (*LARGE, 60)}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as empty:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty
+        for size, (widths, num_examples, num_steps) in tasks.items():
+            task = Task.make(widths, num_examples, num_steps, device)
+            case, at, rounds = Case.of_task(task), CompiledDerivatives(), 3 if quick else 21 if size == "small" else 7
+            products = measure_products(case, at, rounds, device)
+            whole = measure_hypergradients(case, at, rounds, device)
+            if size == "small":
+                faster = ratio(products, "product", COMPILED, "times faster")
+                claims.append(Claim("compiled products, times faster than eager, small", faster, FASTER, at_least=True))
+            claims += [
+                Claim(f"time of the compiled hypergradient over JAXopt's, {size}",
+                      ratio(whole, "hypergradient", JAX, "compiled / it"), 1.0),
+                Claim(f"difference of the compiled hypergradient from the eager one in float64, {size}",
+                      disagreement(task), 1e-6),
+            ]  # fmt: skip
+            rows += products + whole
+        if not quick:
+            rows += measure_products(
+                Case.of_network(convolutional(25, 64, plain, device)), CompiledDerivatives(), 7, device
+            )
+    print(table([row for row in rows if "product" in row]))
+    print()
+    print(table([row for row in rows if "hypergradient" in row]))
+    return finish(options, rows, claims, {"peers": versions()})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

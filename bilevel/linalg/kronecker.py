@@ -1,0 +1,68 @@
+"""The inverse of Kronecker-factored blocks and a diagonal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bilevel.linalg.operator import POSITIVE_DEFINITE, LinearOperator
+
+
+@dataclass(frozen=True)
+class KroneckerBlock:
+    r"""Entries of the vector that form a matrix `V`, on which the inverse acts as `L ((L^T V R) / E) R^T`.
+
+    Attributes:
+        index: positions of the matrix's entries in the vector, `(p, q)`.
+        left: `L`, `(*batch, p, p)`.
+        right: `R`, `(*batch, q, q)`.
+        values: `E`, above 0, `(*batch, p, q)`.
+    """
+
+    index: Tensor
+    left: Tensor
+    right: Tensor
+    values: Tensor
+
+
+class BlockKroneckerInverse(LinearOperator):
+    r"""Block-diagonal: blocks that are Kronecker products in their own bases, and a diagonal for everything else.
+
+    Args:
+        like: an operator on the same vectors; its shape and its inner product are taken over.
+        blocks: no two of them share an entry.
+        diagonal: what the entries in no block are divided by, above 0, `(*batch, n)`.
+
+    Example:
+        >>> import torch
+        >>> from bilevel.linalg import IdentityOperator
+        >>> eye, index = torch.eye(2), torch.tensor([[0, 2], [1, 3]])
+        >>> block = KroneckerBlock(index, eye, eye, torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        >>> BlockKroneckerInverse(IdentityOperator(5), [block], 5 * torch.ones(5)).mv(12 * torch.ones(5))
+        tensor([12.0000,  4.0000,  6.0000,  3.0000,  2.4000])
+    """
+
+    def __init__(self, like: LinearOperator, blocks: Sequence[KroneckerBlock], diagonal: Tensor) -> None:
+        """Keep them; see the class."""
+        self.like, self.blocks, self.diagonal = like, tuple(blocks), diagonal
+        self.shape, self.batch_shape = like.shape, like.batch_shape
+        self.dtype, self.device, self.tags = like.dtype, like.device, POSITIVE_DEFINITE
+
+    def mv(self, vector: Tensor) -> Tensor:
+        """The product: four small matrix products a block."""
+        result = vector / self.diagonal
+        for block in self.blocks:
+            matrix = block.left.mT @ vector[..., block.index] @ block.right  # (*batch, p, q)
+            matrix = block.left @ (matrix / block.values) @ block.right.mT
+            result[..., block.index.flatten()] = matrix.flatten(-2)
+        return result
+
+    def transpose(self) -> LinearOperator:
+        """Itself."""
+        return self
+
+    def inner(self, u: Tensor, v: Tensor) -> Tensor:
+        """The inner product that was taken over."""
+        return self.like.inner(u, v)

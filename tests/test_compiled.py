@@ -1,0 +1,479 @@
+"""Compiled derivatives: the eager numbers in every case, one program for all points, and a sentence where there is none.
+
+Compiling takes seconds, so most tests run the graph as it was traced and split, which is all that is ours; a few compile.
+"""
+
+import gc
+import math
+import weakref
+
+import pytest
+import torch
+from torch.nn import functional
+
+import bilevel.linalg.compiled as module
+from bilevel.errors import UsageError
+from bilevel.linalg import ConjugateGradient, Tag, as_matrix, linear_solve
+from bilevel.linalg.compiled import MAX_CHANGES, MAX_PROGRAMS, CompiledDerivatives
+from bilevel.linalg.differentiate import differentiate
+from bilevel.linalg.tracing import split, trace
+
+DRAW = torch.Generator().manual_seed(0)
+
+
+def randn(*shape):
+    return torch.randn(shape, generator=DRAW, dtype=torch.float64)
+
+
+MATRIX, INDEX, LABELS = randn(6, 6), torch.tensor([0, 2, 2, 5]), torch.arange(7) % 2
+INPUTS, TOKENS = randn(7, 3), torch.tensor([0, 1, 1, 2])
+
+
+def quartic(x, args, data):
+    return args["c"] * ((x @ MATRIX.T) ** 4).sum(-1) / 12
+
+
+def mlp(x, args, data):
+    inputs, labels = (INPUTS, LABELS) if data is None else (data["inputs"], data["labels"])
+    hidden = (inputs @ x[:6].reshape(3, 2)).tanh()
+    hidden = (hidden @ x[6:10].reshape(2, 2)).tanh()
+    return functional.cross_entropy(hidden @ x[10:14].reshape(2, 2), labels) + (args["decay"] * x**2).sum()
+
+
+def normalised(x, args, data):
+    hidden = functional.batch_norm(INPUTS * x[:3], None, None, x[3:6], training=True)
+    return (functional.layer_norm(hidden, (3,)) ** 3 * args["c"]).sum()
+
+
+def tasks(x, args, data):
+    def one(row, target):
+        return args["c"] * ((MATRIX @ row - target) ** 4).sum() + row.exp().sum()
+
+    return torch.vmap(one)(x, data[0])
+
+
+def gathered(x, args, data):
+    return (x[INDEX] ** 3).sum() * args["c"] + (functional.embedding(TOKENS, x.reshape(3, 2)) ** 4).sum()
+
+
+def written(x, args, data):
+    """Changes tensors of its own in place, which is its own business."""
+    y = x * args["c"]
+    y.add_(1.0)
+    return (y.clone().mul_(y) ** 2).sum()
+
+
+def equilibrium(x, args, data):
+    return torch.tanh(x @ MATRIX.T) * args["c"] + x**2
+
+
+def own_gradient(x, args, data):
+    y = x if x.requires_grad else x.detach().requires_grad_()
+    (slope,) = torch.autograd.grad((y**4 * args["c"]).sum(), y, create_graph=True)
+    return slope + x.sin().roll(1)
+
+
+def tall(x, args, data):
+    return torch.cat([x * args["c"], x**3], dim=-1)
+
+
+C = {"c": torch.tensor(0.7, dtype=torch.float64)}
+CASES = {  # function, point, args, data
+    "loss": (quartic, randn(6), C, None),
+    "loss of a batch of systems": (quartic, randn(3, 6), C, None),
+    "network, one decay a weight": (mlp, randn(14), {"decay": randn(14).abs()}, None),
+    "data in a dictionary": (mlp, randn(14), {"decay": randn(14).abs()}, {"inputs": randn(5, 3), "labels": LABELS[:5]}),
+    "normalisation layers": (normalised, randn(6), {"c": randn(7, 3)}, None),
+    "vmapped tasks": (tasks, randn(3, 6), C, [randn(3, 6)]),
+    "gathers and embeddings": (gathered, randn(6), C, None),
+    "own tensors changed in place": (written, randn(6), C, None),
+    "linear loss": (lambda x, args, data: (args["c"] * x).sum(-1), randn(6), C, None),
+    "constant gradient": (lambda x, args, data: x.sum(-1), randn(6), C, None),
+    "argument without effect": (quartic, randn(6), {**C, "unused": randn(2)}, None),
+    "no arguments": (lambda x, args, data: (x**4).sum(-1), randn(6), {}, None),
+    "optimality": (equilibrium, randn(6), C, None),
+    "optimality of a batch of systems": (equilibrium, randn(2, 6), C, None),
+    "optimality that takes a gradient": (own_gradient, randn(6), C, None),
+    "optimality with more equations than unknowns": (tall, randn(6), C, None),
+}
+case = pytest.mark.parametrize(("function", "point", "args", "data"), CASES.values(), ids=CASES.keys())
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Run graphs as traced; the list holds those that would have been compiled."""
+    seen = []
+
+    def compile(graph, example, options):
+        seen.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch._inductor, "compile", compile)
+    return seen
+
+
+def relative(found, expected):
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-300))
+
+
+def close(found, expected, tolerance=1e-12):
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    assert relative(found, expected) <= tolerance
+
+
+def agree(found, expected, tolerance=1e-12):
+    """All that two `Derivatives` can be asked gives the same numbers."""
+    assert found.operator.shape == expected.operator.shape and found.operator.tags == expected.operator.tags
+    assert found.operator.batch_shape == expected.operator.batch_shape
+    assert found.operator.transpose().shape == expected.operator.transpose().shape
+    close(found.value, expected.value, tolerance)
+    close(found.optimality, expected.optimality, tolerance)
+    batch, (m, n) = expected.operator.batch_shape, expected.operator.shape
+    v, u = randn(*batch, n).to(expected.value.dtype), randn(*batch, m).to(expected.value.dtype)
+    close(found.operator.mv(v), expected.operator.mv(v), tolerance)
+    close(found.operator.transpose().mv(u), expected.operator.transpose().mv(u), tolerance)
+    mixed, wanted = found.mixed(u), expected.mixed(u)
+    assert list(mixed) == list(wanted)
+    for name in wanted:
+        close(mixed[name], wanted[name], tolerance)
+
+
+# --- the numbers ------------------------------------------------------------------------------------------------------
+
+
+@case
+def test_at_every_point_the_eager_numbers(function, point, args, data, graphs):
+    compiled = CompiledDerivatives()
+    for factor in (1.0, 0.5, -2.0):
+        moved = {name: factor * value for name, value in args.items()}
+        found = compiled.at(function, factor * point, moved, data)
+        assert found.fallback is None
+        assert not found.value.requires_grad and not found.optimality.requires_grad
+        agree(found, differentiate(function, factor * point, moved, data))
+    assert len(graphs) == (1 if Tag.symmetric in found.operator.tags else 2)  # traced once, for all points
+
+
+@case
+def test_the_numbers_are_derivatives(function, point, args, data, graphs):
+    compiled, step = CompiledDerivatives(), 1e-5
+    found = compiled.at(function, point, args, data)
+    v, u = randn(*point.shape), randn(*found.optimality.shape)
+
+    def optimality(x, theta):
+        return compiled.at(function, x, theta, data).optimality
+
+    slope = (optimality(point + step * v, args) - optimality(point - step * v, args)) / (2 * step)
+    assert (found.operator.mv(v) - slope).norm() <= 1e-6 * (1 + slope.norm())
+    pulled = (found.operator.transpose().mv(u) * v).sum()
+    assert math.isclose(float(pulled), float((found.operator.mv(v) * u).sum()), rel_tol=1e-10, abs_tol=1e-12)
+    for name, part in found.mixed(u).items():
+        direction = randn(*part.shape)
+        up, down = ({**args, name: args[name] + sign * step * direction} for sign in (1, -1))
+        slope = ((optimality(point, up) - optimality(point, down)) * u).sum() / (2 * step)
+        assert math.isclose(float((part * direction).sum()), float(slope), rel_tol=1e-6, abs_tol=1e-7)
+
+
+def test_the_hessian_in_closed_form(graphs):
+    x = randn(6)
+    hessian = C["c"] * MATRIX.T @ torch.diag((MATRIX @ x) ** 2) @ MATRIX
+    close(as_matrix(CompiledDerivatives().at(quartic, x, C).operator), hessian)
+
+
+def test_vectors_of_every_layout(graphs):
+    point = randn(3, 6)
+    found, expected = (at(quartic, point, C).operator for at in (CompiledDerivatives().at, differentiate))
+    for vectors in (randn(4, 2, 3, 6), randn(6, 3).T, randn(1, 6).expand(3, 6), randn(2, 3, 12)[..., ::2]):
+        close(found.mv(vectors), expected.mv(vectors))
+
+
+def test_a_product_repeats_nothing_of_the_forward_pass(graphs):
+    function, point, args, _ = CASES["network, one decay a weight"]
+    CompiledDerivatives().at(function, point, args)
+    (product,) = graphs
+    names = [str(node.target) for node in product.graph.nodes]
+    # Three layers: two matrix products for the first, whose inputs do not change, and six for each of the others.
+    assert sum(name in ("aten.mm.default", "aten.addmm.default") for name in names) == 2 + 6 + 6
+    assert not any("tanh.default" in name or "log_softmax.default" in name for name in names)
+    assert not any(node.op == "get_attr" for node in product.graph.nodes)  # data is an input, not compiled in
+
+
+def test_what_does_not_depend_on_the_vector_is_kept():
+    graph = trace(lambda x, v: (x.exp(), [x.exp().permute(1, 0) @ v + x.sin().sum()]), [randn(3, 3), randn(3, 3)])
+    setup, (part,) = split(graph)
+    x, v = randn(3, 3), randn(3, 3)
+    value, *kept = setup(x)
+    close(value, x.exp())
+    close(part.graph(*(kept[index] for index in part.reads), v)[0], x.exp().T @ v + x.sin().sum())
+    names = {str(node.target) for node in part.graph.graph.nodes if node.op == "call_function"}
+    assert names == {
+        "aten.permute.default",
+        "aten.mm.default",
+        "aten.add.Tensor",
+    }  # a view is made again, the rest is not
+
+
+def test_a_solve_with_compiled_products(graphs):
+    function, point, args, _ = CASES["network, one decay a weight"]
+    args = {"decay": args["decay"] + 5.0}
+    operator = CompiledDerivatives().at(function, point, args).operator
+    rhs = randn(14)
+    solution = linear_solve(operator, rhs, ConjugateGradient(rtol=1e-12))
+    dense = torch.autograd.functional.hessian(lambda x: function(x, args, None), point)
+    close(solution.value, torch.linalg.solve(dense, rhs), 1e-9)
+
+
+# --- compiled in earnest ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("network, one decay a weight", torch.float64),
+        ("network, one decay a weight", torch.float32),
+        ("vmapped tasks", torch.float64),
+        ("optimality", torch.float64),
+    ],
+)
+def test_machine_code_gives_the_eager_numbers(name, dtype, monkeypatch):
+    function, point, args, data = CASES[name]
+    for held in ("MATRIX", "INPUTS"):
+        monkeypatch.setitem(globals(), held, globals()[held].to(dtype))
+    point, args = point.to(dtype), {key: value.to(dtype) for key, value in args.items()}
+    data = data and [part.to(dtype) for part in data]
+    compiled = CompiledDerivatives()
+    for factor in (1.0, 0.5):
+        found = compiled.at(function, factor * point, args, data)
+        assert found.fallback is None
+        expected, tolerance = (
+            differentiate(function, factor * point, args, data),
+            1e-5 if dtype == torch.float32 else 1e-13,
+        )
+        agree(found, expected, tolerance)
+        strided = randn(*reversed(point.shape), 2)[..., 0].permute(*reversed(range(point.ndim))).to(dtype)
+        close(found.operator.mv(strided), expected.operator.mv(strided), tolerance)
+    assert all(seconds > 0 for seconds in compiled.seconds.values())
+
+
+def test_without_a_compiler_products_are_eager():
+    scale = float(torch.seed() % 1000 + 1)  # a graph that no cache knows
+    with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler"), "fx_graph_cache": False}):
+        found = CompiledDerivatives().at(lambda x, args, data: (scale * x**4).sum(), randn(5), {})
+    assert "could not be compiled (" in found.fallback and "ompiler" in found.fallback
+    close(
+        found.operator.mv(torch.ones_like(found.optimality)),
+        found.optimality.sign() * found.operator.mv(found.optimality.sign()),
+    )
+
+
+# --- one program for all points ---------------------------------------------------------------------------------------
+
+
+def count(function, graphs):
+    """At one point more: the derivatives are right; how many graphs there are by now."""
+    compiled = CompiledDerivatives()
+
+    def go(point=None, args=None, data=None):
+        point = randn(6) if point is None else point
+        found = compiled.at(function, point, args or C, data)
+        agree(found, differentiate(function, point, args or C, data))
+        return len(graphs), found.fallback
+
+    return go
+
+
+def test_batches_are_inputs(graphs):
+    go = count(lambda x, args, data: ((data["x"] @ x - data["y"][0]) ** 4).sum() * args["c"], graphs)
+    for _ in range(3):
+        assert go(data={"x": randn(4, 6), "y": (randn(4),)}) == (1, None)
+    assert go(data={"x": randn(5, 6), "y": (randn(5),)}) == (2, None)  # other shapes
+    assert go(data={"x": randn(6, 5).T, "y": (randn(5),)}) == (3, None)  # other strides
+    assert go(data={"x": randn(4, 6), "y": (randn(4),)}) == (3, None)
+
+
+def test_plain_values_of_the_batch_are_compiled_in(graphs):
+    go = count(lambda x, args, data: (x**4).sum() * data["factor"] * args["c"], graphs)
+    assert [go(data={"factor": factor})[0] for factor in (1, 2, 1, 1.0, True)] == [1, 2, 2, 3, 4]
+
+
+def test_another_dtype_is_another_program(graphs):
+    go = count(lambda x, args, data: (x**4).sum(-1) * args["c"], graphs)
+    assert go() == (1, None)
+    compiled = CompiledDerivatives()
+    for dtype in (torch.float64, torch.float32):
+        assert compiled.at(equilibrium_free, randn(6).to(dtype), {}).operator.dtype == dtype
+    assert len(graphs) == 3
+
+
+def equilibrium_free(x, args, data):
+    return (x.cos() * x).sum(-1)
+
+
+def test_held_data_changed_in_place_is_seen(graphs):
+    held = randn(6)
+    go = count(lambda x, args, data: ((x - held) ** 4).sum() * args["c"], graphs)
+    assert go() == (1, None)
+    held.mul_(2.0)
+    assert go() == (1, None)
+
+
+@pytest.mark.parametrize("others", [[torch.full((6,), v, dtype=torch.float64) for v in (2.0, 3.0, 4.0, 5.0, 6.0)], [2.0, 3.0, 4.0, 5.0, 6.0]], ids=["tensors", "numbers"])  # fmt: skip
+def test_held_data_exchanged_is_seen_and_in_the_end_given_up(others, graphs):
+    held = {"value": others[0] * 0.5}
+    go = count(lambda x, args, data: ((x - held["value"]) ** 4).sum() * args["c"], graphs)
+    assert go() == (1, None)
+    for number, held["value"] in enumerate(others[:MAX_CHANGES], start=2):
+        assert go() == (number, None) and go() == (number, None)
+    held["value"] = others[MAX_CHANGES]
+    made, fallback = go()
+    assert made == MAX_CHANGES + 1
+    assert "reads something that changes" in fallback and fallback.endswith(
+        "make it a hyperparameter or part of the batch."
+    )
+    held["value"] = others[0]
+    assert go() == (made, fallback)  # settled: nothing is traced any more
+
+
+def test_a_flag_that_is_switched_is_seen(graphs):
+    flag = torch.tensor(True)
+    go = count(lambda x, args, data: (x**4).sum() * args["c"] if flag else (x**2).sum(), graphs)
+    assert go() == (1, None)
+    flag.fill_(False)
+    assert go() == (2, None)
+
+
+def test_so_many_shapes_and_no_more(graphs):
+    compiled = CompiledDerivatives()
+
+    def go(size):
+        fallback = compiled.at(equilibrium_free, randn(size), {}).fallback
+        return len(graphs), fallback
+
+    for size in range(1, MAX_PROGRAMS + 1):
+        assert go(size) == (size, None)
+    for size in (20, 21, 20):
+        made, fallback = go(size)
+        assert made == MAX_PROGRAMS and f"{MAX_PROGRAMS} other shapes" in fallback
+    assert go(1) == (MAX_PROGRAMS, None)  # these go on
+    assert len(compiled._programs) == MAX_PROGRAMS  # what is refused leaves nothing behind
+
+
+def test_later_changes_of_the_arguments_do_not_reach_the_products(graphs):
+    function, start, decay, _ = CASES["network, one decay a weight"]
+    point, args = start.clone(), {"decay": decay["decay"].clone()}
+    found = CompiledDerivatives().at(function, point, args)
+    point.zero_()
+    args["decay"].zero_()
+    agree(found, differentiate(function, start, decay))
+
+
+def test_the_owner_of_the_function_is_not_kept(graphs):
+    class Owner:
+        scale = 2.0
+
+        def loss(self, x, args, data):
+            return (self.scale * x**4).sum()
+
+    owner, compiled = Owner(), CompiledDerivatives()
+    owner.compiled = compiled
+    compiled.at(owner.loss, randn(3), {})
+    compiled.at(owner.loss, randn(3), {})
+    gone = weakref.ref(owner)
+    del owner
+    gc.collect()
+    assert gone() is None
+
+
+# --- where there is no program ----------------------------------------------------------------------------------------
+
+STATISTICS = torch.nn.BatchNorm1d(3, dtype=torch.float64)
+MASK = torch.tensor([True, False, True, False, False, True])
+REFUSED = {
+    "dropout": (lambda x, args, data: (functional.dropout(x, 0.5) ** 2).sum(), "draws random numbers (aten.bernoulli"),
+    "noise": (lambda x, args, data: (torch.randn(6, dtype=x.dtype) * x**2).sum(), "draws random numbers (aten.randn"),
+    "running statistics": (lambda x, args, data: (STATISTICS(x.reshape(2, 3)) ** 4).sum(), "changes a tensor that it is given or holds"),
+    "if": (lambda x, args, data: (x**4).sum() if x.sum() > 0 else (x**2).sum(), "goes by the values of tensors"),
+    "item": (lambda x, args, data: (x**4).sum() * args["c"].item(), "goes by the values of tensors"),
+    "float": (lambda x, args, data: (x**4).sum() * float(args["c"]), "goes by the values of tensors"),
+    "mask": (lambda x, args, data: (x[MASK] ** 4).sum(), "goes by the values of tensors"),
+    "numpy": (lambda x, args, data: (x**4).sum() * torch.as_tensor(args["c"].detach().numpy()), "could not be compiled (RuntimeError: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("function", "reason"), REFUSED.values(), ids=REFUSED.keys())
+def test_a_function_that_is_no_graph_is_differentiated_eagerly(function, reason, graphs):
+    compiled, point, vector = CompiledDerivatives(), randn(6), randn(6)
+    for _ in range(2):
+        products = []
+        for at in (compiled.at, differentiate):
+            torch.manual_seed(0)
+            found = at(function, point, C)
+            products.append(found.operator.mv(vector))
+            if at is not differentiate:
+                assert found.fallback.startswith("the products are eager, not compiled, because ")
+                assert reason in found.fallback and found.fallback.endswith(".") and "\n" not in found.fallback
+        close(*products)
+    assert graphs == []
+
+
+@pytest.mark.parametrize(
+    ("function", "spoilt", "what"),
+    [(quartic, 0, "product"), (equilibrium, 0, "product"), (equilibrium, 1, "transposed product")],
+)
+def test_wrong_products_are_found_out(function, spoilt, what, monkeypatch):
+    made = []
+
+    def compile(graph, example, options):
+        made.append(graph)
+        wrong = len(made) - 1 == spoilt
+        return lambda *tensors: [result * (1 + 1e-5 * wrong) for result in graph(*tensors)]
+
+    monkeypatch.setattr(torch._inductor, "compile", compile)
+    found = CompiledDerivatives().at(function, randn(6), C)
+    assert f"their {what} differs from the eager one by 1.0e-05 (relative)" in found.fallback
+    assert type(found.operator).__module__ != module.__name__
+
+
+def test_wrong_mixed_products_are_found_out(graphs, monkeypatch):
+    true = module.split
+
+    def wrong(graph):
+        setup, (product, transposed, mixed) = true(graph)
+        return setup, [product, transposed, mixed._replace(graph=lambda *t: [1.1 * r for r in mixed.graph(*t)])]
+
+    monkeypatch.setattr(module, "split", wrong)
+    found = CompiledDerivatives().at(quartic, randn(6), C)
+    assert "their derivative by c differs from the eager one by 1.0e-01 (relative)" in found.fallback
+
+
+def test_an_error_of_the_compiler_is_one_sentence(monkeypatch):
+    def compile(graph, example, options):
+        raise NotImplementedError("no such thing.\nand a long story")
+
+    monkeypatch.setattr(torch._inductor, "compile", compile)
+    found = CompiledDerivatives().at(quartic, randn(6), C)
+    assert found.fallback.endswith("because they could not be compiled (NotImplementedError: no such thing).")
+
+
+def test_errors_of_the_function_are_its_own(graphs):
+    def loss(x, args, data):
+        if data:
+            raise UsageError("the loss says so.")
+        return (x**4).sum()
+
+    compiled = CompiledDerivatives()
+    for data in (1, 0, 0, 1):
+        if data:
+            with pytest.raises(UsageError, match="the loss says so"):
+                compiled.at(loss, randn(6), C, data)
+        else:
+            assert compiled.at(loss, randn(6), C, data).fallback is None
+
+
+def test_a_point_that_is_not_finite_settles_nothing(graphs):
+    compiled, bad = CompiledDerivatives(), torch.full((6,), math.nan, dtype=torch.float64)
+    assert "not finite here" in compiled.at(quartic, bad, C).fallback
+    assert compiled.at(quartic, randn(6), C).fallback is None
+    for _ in range(MAX_CHANGES + 1):
+        found = compiled.at(quartic, bad, C)
+        assert found.fallback is None and found.optimality.isnan().all()
+    assert compiled.at(quartic, randn(6), C).fallback is None and len(graphs) == 1
