@@ -48,7 +48,7 @@ class Given(InnerSolver):
 
 def ours(task: Task, num_steps: int) -> Hypergradient:
     """`Implicit` with a budget of conjugate gradient steps."""
-    method = Implicit(linear_solver=ConjugateGradient(rtol=None, max_steps=num_steps))
+    method = Implicit(linear_solver=ConjugateGradient(rtol=None, max_steps=num_steps), error_estimate=None)
     flat = FlatProblem.of(task.problem, task.decay)
     params, batches = flat.layout.ravel(task.params), StepBatches(task.problem, 0)
 

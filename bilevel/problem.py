@@ -84,6 +84,13 @@ class Problem:
         """The outer objective, a scalar."""
         raise UsageError(f"{type(self).__name__} needs a method outer_loss(self, params, hparams, batch).")
 
+    def lower_curvature(self, hparams: Mapping[str, Tensor]) -> float | None:
+        """A lower bound of the eigenvalues of the inner Hessian, for the error estimate: it is certified if there is one.
+
+        For a convex loss with a penalty `λ ‖x‖² / 2` on all parameters the smallest `λ`; a damping. None: unknown.
+        """
+        return None
+
     def metrics(self, params: Mapping[str, Tensor], hparams: Mapping[str, Tensor]) -> Mapping[str, float]:
         """Figures to log after each outer step, besides the losses."""
         return {}

@@ -24,6 +24,7 @@ class Receipt:
         linear_residual: residual norm of the linear system over that of its right-hand side, the largest over tasks.
         num_mv: matrix-vector products of the linear solve, the largest over tasks.
         setup_mv: products that the preconditioner was built with.
+        linear_method: the solvers that were used, where `linear_solver=auto` has chosen; empty elsewhere.
         linear_result: name of the `Result`, the worst over tasks.
         curvature_min: smallest Rayleigh quotient of the inner Hessian seen by the linear solver.
         curvature_max: largest one.
@@ -44,6 +45,7 @@ class Receipt:
     linear_residual: float = math.nan
     num_mv: int = 0
     setup_mv: int = 0
+    linear_method: str = ""
     linear_result: str | None = None
     curvature_min: float = math.nan
     curvature_max: float = math.nan

@@ -41,6 +41,19 @@ class Solution:
     residual_norm: Tensor
     curvature_min: Tensor
     curvature_max: Tensor
+    method: str = ""
+
+    def continued_by(self, again: Solution, mask: Tensor) -> Solution:
+        """Another solution for the systems in the mask `(*batch,)`; products and curvatures of both count."""
+        return Solution(
+            value=torch.where(mask.unsqueeze(-1), again.value, self.value),
+            result=torch.where(mask, again.result, self.result),
+            num_mv=self.num_mv + torch.where(mask, again.num_mv, 0),
+            residual_norm=torch.where(mask, again.residual_norm, self.residual_norm),
+            curvature_min=torch.fmin(self.curvature_min, again.curvature_min),
+            curvature_max=torch.fmax(self.curvature_max, again.curvature_max),
+            method=", ".join(filter(None, (self.method, again.method))),
+        )
 
     @property
     def results(self) -> list[Result]:

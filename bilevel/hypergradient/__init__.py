@@ -1,6 +1,7 @@
 """Hypergradient methods: one file a method, all with the contract of `method.py`."""
 
-from bilevel.hypergradient.accuracy import Accuracy, FixedAccuracy
+from bilevel.hypergradient.accuracy import Accuracy, AdaptiveAccuracy, FixedAccuracy
+from bilevel.hypergradient.error_estimate import ErrorEstimate, ErrorEstimator
 from bilevel.hypergradient.evaluate import Evaluation, default_solver, hypergradient_at
 from bilevel.hypergradient.finite_difference import FiniteDifference
 from bilevel.hypergradient.forward import ForwardMode
@@ -12,6 +13,9 @@ from bilevel.hypergradient.unrolled import Unrolled
 
 __all__ = [
     "Accuracy",
+    "AdaptiveAccuracy",
+    "ErrorEstimate",
+    "ErrorEstimator",
     "Evaluation",
     "FiniteDifference",
     "FixedAccuracy",

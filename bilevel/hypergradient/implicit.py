@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem, StepBatches
+from bilevel.hypergradient.error_estimate import NOTHING, ErrorEstimate, ErrorEstimator, Solved
 from bilevel.hypergradient.method import (
     Hypergradient,
     HypergradientMethod,
@@ -22,12 +24,15 @@ from bilevel.hypergradient.method import (
 )
 from bilevel.hypergradient.negative_curvature import NegativeCurvature, SwitchToMINRES, System, met
 from bilevel.hypergradient.unconverged import OuterStep, Unconverged, Warn
-from bilevel.linalg import ConjugateGradient, LinearOperator, LinearSolver, Tag
+from bilevel.linalg import ConjugateGradient, LinearSolver, Tag
+from bilevel.linalg.recycling import WatchedOperator
 from bilevel.linearisation import Linearisation, linearise
-from bilevel.preconditioner import Preconditioner
+from bilevel.preconditioner import NoPreconditioner, Preconditioner
+from bilevel.preconditioner.reuse import note, prepare
 from bilevel.receipt import Receipt
 from bilevel.result import Result, Solution
 from bilevel.solvers import InnerSolution, InnerSolver
+from bilevel.tree import TensorDict
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,9 @@ class Implicit(HypergradientMethod):
         accuracy: sets the tolerances of each outer step.
         linear_solver: for the system with the inner Hessian (or the Jacobian of `optimality`).
         warm_start_linear: start each linear solve from the previous adjoint.
-        preconditioner: approximates the inverse of the inner Hessian; None solves without.
-        refresh_every: outer steps after which the preconditioner is built anew.
+        preconditioner: approximates the inverse of the inner Hessian.
+        refresh_every: outer steps after which the preconditioner is built anew; earlier where that would have paid.
+        error_estimate: estimates the error of the number from both residuals; None leaves that out.
         unconverged: what to do where the inner solve ends short of its tolerance.
         negative_curvature: what to do where the inner Hessian is seen not to be positive definite.
 
@@ -55,8 +61,9 @@ class Implicit(HypergradientMethod):
 
     linear_solver: LinearSolver = field(default_factory=ConjugateGradient)
     warm_start_linear: bool = False
-    preconditioner: Preconditioner | None = None
+    preconditioner: Preconditioner = field(default_factory=NoPreconditioner)
     refresh_every: int = 10
+    error_estimate: ErrorEstimator | None = field(default_factory=ErrorEstimator)
     unconverged: Unconverged = field(default_factory=Warn)
     negative_curvature: NegativeCurvature = field(default_factory=SwitchToMINRES)
 
@@ -97,6 +104,7 @@ class Implicit(HypergradientMethod):
         at = linearise(problem, solver, inner.params, hparams, batches.curvature)
         solved = self._solve(at, by_params, inner, state)
         gradient = {name: direct[name] - part for name, part in at.mixed(solved.solution.value).items()}
+        estimate = self._estimate(at, solver, batches, solved, by_params, gradient)
         biased = solved.biased
         if batches.curvature is not None:
             biased += ("the Hessian is that of one minibatch",)
@@ -104,43 +112,55 @@ class Implicit(HypergradientMethod):
             **{**describe(inner), "stationarity": float(at.stationarity.max())},
             **describe_linear(solved.solution, by_params),
             setup_mv=solved.setup_mv,
+            error_estimate=estimate.value,
+            error_inner=estimate.inner,
+            error_linear=estimate.linear,
+            error_certified=None if math.isnan(estimate.value) else estimate.certified,
+            estimate_mv=estimate.num_mv,
             biased=biased,
         )
         return Hypergradient(gradient, inner.params.detach(), solved.state, receipt, outer, at.inner_loss)
 
     def _solve(self, at: Linearisation, vector: Tensor, inner: InnerSolution, state: MethodState) -> _Solved:
         """The adjoint `[∂F/∂x]^{-T} vector`: preconditioned, from the previous one, under the policies."""
-        operator, kept, setup_mv = self._precondition(at, inner, state)
-        prepared = self.linear_solver.init(at.operator)
+        old = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
+        prepared = prepare(self.preconditioner, at, inner, old, self.refresh_every)
+        watched = None
+        if self.error_estimate is not None and Tag.symmetric in at.operator.tags:
+            watched = self.error_estimate.watch(at.operator)
+            at = replace(at, operator=watched)
+        ready = self.linear_solver.init(at.operator)
         rtol = self.accuracy.linear_rtol(state)
         # F's own system is with A^T: the same for a Hessian, not for the Jacobian of an optimality.
         solution = self.linear_solver.compute(
-            self.linear_solver.transpose(prepared), vector, x0=state.get("adjoint"), rtol=rtol, preconditioner=operator
-        )
+            self.linear_solver.transpose(ready), vector, x0=state.get("adjoint"), rtol=rtol,
+            preconditioner=prepared.operator,
+        )  # fmt: skip
+        kept = {PREFIX + name: value for name, value in note(prepared.state, int(solution.num_mv.max())).items()}
         biased = (f"{type(self.linear_solver).__name__} replaces the inverse Hessian",) * self.linear_solver.biased
         if Tag.symmetric in at.operator.tags and bool((negative := met(solution)).any()):
-            system = System(at, vector, self.linear_solver, rtol, operator)
+            system = System(at, vector, self.linear_solver, rtol, prepared.operator)
             solution, reasons = self.negative_curvature.handle(system, solution, negative)
             biased += reasons
         if self.warm_start_linear:
             kept["adjoint"] = solution.value
-        return _Solved(solution, biased, kept, setup_mv)
+        return _Solved(solution, biased, kept, prepared.num_mv, watched)
 
-    def _precondition(
-        self, at: Linearisation, inner: InnerSolution, state: MethodState
-    ) -> tuple[LinearOperator | None, MethodState, int]:
-        """The preconditioner of this step, what is kept of it, and the products it took."""
-        if self.preconditioner is None:
-            return None, {}, 0
-        old = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
-        age = old.pop("age", None)
-        if age is not None and int(age) < self.refresh_every:
-            operator, num_mv = self.preconditioner.restore(at, old), 0
-        else:
-            built = self.preconditioner.build(at, inner)
-            operator, old, num_mv = built.operator, built.state, built.num_mv
-            age = torch.zeros((), dtype=torch.int64)
-        return operator, {**{PREFIX + name: value for name, value in old.items()}, PREFIX + "age": age + 1}, num_mv
+    def _estimate(
+        self,
+        at: Linearisation,
+        solver: InnerSolver,
+        batches: StepBatches,
+        solved: _Solved,
+        vector: Tensor,
+        gradient: TensorDict,
+    ) -> ErrorEstimate:
+        """The error estimate of this step, if there is to be one and the theory has one."""
+        if self.error_estimate is None or solved.watched is None:
+            return NOTHING
+        behind = Solved(solved.watched, vector, solved.solution.value, gradient)
+        lower = at.problem.problem.lower_curvature(at.hparams)
+        return self.error_estimate.estimate(at, solver, batches, behind, lower)
 
 
 PREFIX = "preconditioner."
@@ -153,6 +173,7 @@ class _Solved(NamedTuple):
     biased: tuple[str, ...]
     state: MethodState
     setup_mv: int
+    watched: WatchedOperator | None
 
 
 def describe_linear(solution: Solution, rhs: Tensor) -> dict[str, Any]:
@@ -162,6 +183,7 @@ def describe_linear(solution: Solution, rhs: Tensor) -> dict[str, Any]:
     return {
         "linear_residual": float(relative.max()),
         "num_mv": int(solution.num_mv.max()),
+        "linear_method": solution.method,
         "linear_result": (Result.singular if worst is Result.least_squares else worst).name,
         "curvature_min": float(solution.curvature_min.min()),
         "curvature_max": float(solution.curvature_max.max()),

@@ -106,7 +106,7 @@ class SwitchToMINRES(NegativeCurvature):
         vector = torch.where(failed.unsqueeze(-1), system.vector, 0.0)
         start = torch.where(failed.unsqueeze(-1), solution.value, 0.0)
         again = solver.compute(solver.init(system.at.operator), vector, x0=start, preconditioner=system.preconditioner)
-        return Handled(merge(solution, again, failed))
+        return Handled(solution.continued_by(again, failed))
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Damp(NegativeCurvature):
                 solver.init(damped(system.at.operator, damping)), system.vector, rtol=system.rtol,
                 preconditioner=system.preconditioner,
             )  # fmt: skip
-            solution = merge(solution, again, negative)
+            solution = solution.continued_by(again, negative)
             still = negative & met(again)
             if not bool(still.any()):
                 break
@@ -164,18 +164,6 @@ class GaussNewton(NegativeCurvature):
             solver.init(operator), system.vector, rtol=system.rtol, preconditioner=system.preconditioner
         )
         return Handled(
-            merge(solution, again, negative),
+            solution.continued_by(again, negative),
             ("negative curvature: the Gauss-Newton matrix stands for the Hessian",),
         )
-
-
-def merge(first: Solution, again: Solution, mask: Tensor) -> Solution:
-    """The second solution for the systems in the mask, the first for the others; products and curvatures of both count."""
-    return Solution(
-        value=torch.where(mask.unsqueeze(-1), again.value, first.value),
-        result=torch.where(mask, again.result, first.result),
-        num_mv=first.num_mv + torch.where(mask, again.num_mv, 0),
-        residual_norm=torch.where(mask, again.residual_norm, first.residual_norm),
-        curvature_min=torch.fmin(first.curvature_min, again.curvature_min),
-        curvature_max=torch.fmax(first.curvature_max, again.curvature_max),
-    )

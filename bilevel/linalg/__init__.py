@@ -1,6 +1,6 @@
 """Linear operators known by their products, and batched solvers for `A x = b`."""
 
-from bilevel.linalg.auto import AutoSolution, AutoSolver
+from bilevel.linalg.auto import AutoSolver
 from bilevel.linalg.bicgstab import BiCGStab
 from bilevel.linalg.cg import ConjugateGradient
 from bilevel.linalg.composite import ProductOperator, ScaledOperator, SumOperator, damped
@@ -36,7 +36,6 @@ __all__ = [
     "NO_TAGS",
     "POSITIVE_DEFINITE",
     "SYMMETRIC",
-    "AutoSolution",
     "AutoSolver",
     "BiCGStab",
     "BlockKroneckerInverse",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -30,17 +30,6 @@ class _Choice(NamedTuple):
     state: Any
     remedy: LinearSolver | None = None
     remedy_state: Any = None
-
-
-@dataclass(frozen=True)
-class AutoSolution(Solution):
-    """A `Solution` that says how it was found.
-
-    Attributes:
-        method: names of the solvers in the order of their use, such as `ConjugateGradient, MINRES`.
-    """
-
-    method: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,36 +111,33 @@ class AutoSolver(LinearSolver):
         x0: Tensor | None = None,
         rtol: float | None = None,
         preconditioner: LinearOperator | None = None,
-    ) -> AutoSolution:
+    ) -> Solution:
         """Solve; the remedy goes on from the iterate of those systems that met negative curvature."""
         first = state.solver.compute(state.state, vector, x0=x0, rtol=rtol, preconditioner=preconditioner)
-        method = type(state.solver).__name__
+        first = _named(first, state.solver)
         failed = first.result == Result.negative_curvature.code
         if state.remedy is None or not bool(failed.any()):
-            return _named(first, method)
+            return first
         # Along negative curvature an iterate of conjugate gradient may be worse than none.
         nearer = failed & (first.residual_norm < norm(state.operator, vector))
         x0 = torch.where(nearer.unsqueeze(-1), first.value, 0.0)
         rest = torch.where(failed.unsqueeze(-1), vector, 0.0)
         again = state.remedy.compute(state.remedy_state, rest, x0=x0, rtol=rtol, preconditioner=preconditioner)
-        return _named(continued(first, again, failed), f"{method}, {type(state.remedy).__name__}")
+        if isinstance(state.remedy, DenseLU):
+            again = _with_spectrum(again, state.remedy_state.matrix)
+        return first.continued_by(_named(again, state.remedy), failed)
 
 
 def _start(solver: LinearSolver, operator: LinearOperator) -> _Choice:
     return _Choice(operator, solver, solver.init(operator))
 
 
-def _named(solution: Solution, method: str) -> AutoSolution:
-    return AutoSolution(**{entry.name: getattr(solution, entry.name) for entry in fields(Solution)}, method=method)
+def _named(solution: Solution, solver: LinearSolver) -> Solution:
+    return replace(solution, method=type(solver).__name__)
 
 
-def continued(first: Solution, again: Solution, mask: Tensor) -> Solution:
-    """The second solution for the systems in the mask, the first for the others; products and curvatures of both count."""
-    return Solution(
-        value=torch.where(mask.unsqueeze(-1), again.value, first.value),
-        result=torch.where(mask, again.result, first.result),
-        num_mv=first.num_mv + torch.where(mask, again.num_mv, 0),
-        residual_norm=torch.where(mask, again.residual_norm, first.residual_norm),
-        curvature_min=torch.fmin(first.curvature_min, again.curvature_min),
-        curvature_max=torch.fmax(first.curvature_max, again.curvature_max),
-    )
+def _with_spectrum(solution: Solution, matrix: Tensor) -> Solution:
+    """The extreme eigenvalues of an indefinite matrix, which LU does not see."""
+    values = torch.linalg.eigvalsh((matrix + matrix.mT) / 2)
+    low, high = (value.expand(solution.result.shape) for value in (values[..., 0], values[..., -1]))
+    return replace(solution, curvature_min=low, curvature_max=high)

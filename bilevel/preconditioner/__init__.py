@@ -4,6 +4,17 @@ from bilevel.preconditioner.base import Preconditioner, Prepared
 from bilevel.preconditioner.jacobi import AdamSecondMoment, Jacobi
 from bilevel.preconditioner.kfac import EKFAC, KFAC
 from bilevel.preconditioner.lbfgs_pairs import LBFGSPairs
+from bilevel.preconditioner.none import NoPreconditioner
 from bilevel.preconditioner.nystrom import Nystrom
 
-__all__ = ["EKFAC", "KFAC", "AdamSecondMoment", "Jacobi", "LBFGSPairs", "Nystrom", "Preconditioner", "Prepared"]
+__all__ = [
+    "EKFAC",
+    "KFAC",
+    "AdamSecondMoment",
+    "Jacobi",
+    "LBFGSPairs",
+    "NoPreconditioner",
+    "Nystrom",
+    "Preconditioner",
+    "Prepared",
+]

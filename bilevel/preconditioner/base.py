@@ -19,12 +19,13 @@ class Prepared:
     """A preconditioner for one linear solve.
 
     Attributes:
-        operator: approximates the inverse of the linearisation's operator; symmetric positive definite.
+        operator: approximates the inverse of the linearisation's operator; symmetric positive definite. None: no
+            preconditioner.
         state: tensors from which `Preconditioner.restore` makes the operator again in later outer steps.
         num_mv: matrix-vector products spent on it; other passes through the model count as one each.
     """
 
-    operator: LinearOperator
+    operator: LinearOperator | None
     state: State
     num_mv: int = 0
 
@@ -50,7 +51,7 @@ class Preconditioner(ABC):
         """
 
     @abstractmethod
-    def restore(self, at: Linearisation, state: State) -> LinearOperator:
+    def restore(self, at: Linearisation, state: State) -> LinearOperator | None:
         """The operator again from the tensors of an earlier `build`, for the operator of `at`; costs no product.
 
         What is known without a product, the penalty, is that of `at`; what was found at the earlier point stays. Positive

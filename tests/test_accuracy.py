@@ -1,0 +1,180 @@
+"""Accuracies of outer steps, reuse of preconditioners, and what the receipt of an automatic run says."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bilevel import Positive, Problem, fit
+from bilevel.errors import UsageError
+from bilevel.flat import FlatProblem, StepBatches
+from bilevel.hypergradient import AdaptiveAccuracy, FixedAccuracy, Implicit, Unrolled, differentiate, start_method
+from bilevel.hypergradient.accuracy import INNER, LINEAR
+from bilevel.linalg import AutoSolver, ConjugateGradient, DenseCholesky
+from bilevel.preconditioner import Jacobi, Nystrom
+from bilevel.solvers import LBFGS, GradientDescent
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+class Logistic(Problem):
+    """Logistic regression with a penalty for each of many features of very different sizes."""
+
+    constraints = {"penalty": Positive()}
+
+    def __init__(self, features=300, seed=0):
+        draw = torch.Generator().manual_seed(seed)
+        scale = torch.logspace(0, -2, features)
+        self.x, self.x_val = torch.randn(2, 200, features, generator=draw).unbind()
+        self.x, self.x_val = self.x * scale, self.x_val * scale
+        truth = torch.randn(features, generator=draw)
+        self.y, self.y_val = torch.sign(self.x @ truth), torch.sign(self.x_val @ truth)
+
+    def init_hparams(self):
+        return {"penalty": torch.full((self.x.shape[1],), 1e-2)}
+
+    def init_params(self, hparams):
+        return {"w": torch.zeros(self.x.shape[1])}
+
+    def inner_loss(self, params, hparams, batch):
+        loss = torch.nn.functional.softplus(-self.y * (self.x @ params["w"])).mean()
+        return loss + (hparams["penalty"] * params["w"].square()).sum() / 2
+
+    def outer_loss(self, params, hparams, batch):
+        return torch.nn.functional.softplus(-self.y_val * (self.x_val @ params["w"])).mean()
+
+    def lower_curvature(self, hparams):
+        return float(hparams["penalty"].min())
+
+
+AUTO = Implicit(linear_solver=AutoSolver(), accuracy=AdaptiveAccuracy(), warm_start_linear=True)
+SOLVER = LBFGS(max_steps=3000)
+
+
+def steps(problem, method, count, solver=SOLVER):
+    """Hypergradients at one setting, each step going on from the one before."""
+    hparams = problem.init_hparams()
+    flat = FlatProblem.of(problem, hparams)
+    params = flat.start(hparams)
+    state, found = start_method(method, flat, solver, params, hparams), []
+    for number in range(count):
+        result = differentiate(method, flat, solver, params, hparams, StepBatches(problem, number), state)
+        params, state = result.params, result.state
+        found.append(result)
+    return found
+
+
+def exact(problem):
+    (result,) = steps(
+        problem, Implicit(linear_solver=DenseCholesky(), error_estimate=None), 1, LBFGS(atol=1e-11, max_steps=9999)
+    )
+    return result.gradient["penalty"]
+
+
+@pytest.mark.parametrize("goal", [0.3, 0.1, 0.01])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_few_steps_at_one_place_reach_the_accuracy_that_was_asked_for(goal, seed):
+    problem = Logistic(seed=seed)
+    reference = exact(problem)
+    results = steps(problem, replace(AUTO, accuracy=AdaptiveAccuracy(relative_error=goal)), 6)
+    errors = [float((result.gradient["penalty"] - reference).norm() / reference.norm()) for result in results]
+    assert errors[-1] <= goal
+    assert results[-1].receipt.error_certified is True
+    assert results[-1].receipt.error_estimate <= 3 * goal * float(reference.norm())
+
+
+def test_tolerances_follow_their_parts_of_the_estimate():
+    accuracy = AdaptiveAccuracy(relative_error=0.2, max_change=8.0)
+    (result,) = steps(Logistic(), AUTO, 1)
+    gradient = {"penalty": torch.tensor([3.0, 4.0])}  # norm 5: each part is to be 0.5
+    receipt = replace(result.receipt, stationarity=1e-4, error_inner=1.0, error_linear=0.125)
+    state = accuracy.update(accuracy.init(result.params), replace(result, gradient=gradient, receipt=receipt))
+    assert float(state[INNER]) == pytest.approx(0.5e-4) and float(state[LINEAR]) == pytest.approx(0.04)
+    far = replace(receipt, error_inner=1e9, error_linear=1e-9)
+    state = accuracy.update(state, replace(result, gradient=gradient, receipt=far))
+    assert float(state[INNER]) == pytest.approx(0.5e-4 / 8) and float(state[LINEAR]) == pytest.approx(0.32)
+    unknown = replace(receipt, error_inner=math.nan, error_linear=math.nan)
+    assert accuracy.update(state, replace(result, receipt=unknown)) == state
+
+
+def test_the_first_solves_are_relative_and_the_next_ones_absolute():
+    accuracy, solver = AdaptiveAccuracy(first_inner=1e-2), LBFGS(atol=1e-9)
+    state = accuracy.init(torch.zeros(3))
+    assert accuracy.tighten(solver, state) == replace(solver, rtol=1e-2)
+    state[INNER] = torch.tensor(1e-5)
+    assert accuracy.tighten(solver, state) == replace(solver, atol=1e-5, rtol=0.0)
+    assert FixedAccuracy().tighten(solver, {}) is solver and FixedAccuracy().linear_rtol({}) is None
+
+
+def test_an_adaptive_run_costs_less_than_a_tight_one_and_gets_as_far():
+    tight = Implicit(linear_solver=ConjugateGradient(rtol=1e-8, max_steps=5000))
+    runs = [
+        fit(Logistic(), solver=LBFGS(max_steps=3000, atol=1e-8), hypergradient=method, num_steps=25)
+        for method in (AUTO, tight)
+    ]
+    losses = [run.summary["best"]["outer_loss"] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    assert runs[0].summary["work"]["products"] < 0.5 * runs[1].summary["work"]["products"]
+
+
+def test_any_method_can_have_an_accuracy():
+    method = Unrolled(accuracy=AdaptiveAccuracy(first_inner=0.5))
+    (result,) = steps(Logistic(20), method, 1, GradientDescent(learning_rate=1.0, atol=0.0, max_steps=500))
+    assert result.receipt.inner_result == "converged" and result.receipt.inner_steps < 500
+
+
+@pytest.mark.parametrize(
+    "options", [{"relative_error": 0.0}, {"first_inner": 1.0}, {"first_linear": -1.0}, {"max_change": 1.0}], ids=str
+)
+def test_numbers_that_make_no_sense_are_refused(options):
+    with pytest.raises(UsageError, match=f"AdaptiveAccuracy needs {next(iter(options))}"):
+        AdaptiveAccuracy(**options)
+
+
+def test_the_receipt_of_an_automatic_solve_names_the_solvers_and_all_products():
+    (result,) = steps(Logistic(), AUTO, 1)
+    receipt = result.receipt
+    assert receipt.linear_method == "ConjugateGradient" and receipt.estimate_mv > 0
+    assert receipt.products == receipt.num_mv + receipt.estimate_mv and receipt.space == "natural"
+    (small,) = steps(Logistic(20), AUTO, 1)
+    assert small.receipt.linear_method == "DenseCholesky"
+
+
+# --- reuse of preconditioners -----------------------------------------------------------------------------------------
+
+
+def test_a_preconditioner_is_built_once_and_used_again():
+    method = Implicit(linear_solver=ConjugateGradient(rtol=1e-8), preconditioner=Nystrom(rank=40), refresh_every=3)
+    setups = [result.receipt.setup_mv for result in steps(Logistic(), method, 7)]
+    assert setups == [40, 0, 0, 40, 0, 0, 40]
+
+
+def test_a_preconditioner_that_no_longer_serves_is_built_anew():
+    problem, method = (
+        Logistic(),
+        Implicit(linear_solver=ConjugateGradient(rtol=1e-8), preconditioner=Jacobi(num_probes=5)),
+    )
+    hparams = problem.init_hparams()
+    flat = FlatProblem.of(problem, hparams)
+    params = flat.start(hparams)
+    first = differentiate(method, flat, SOLVER, params, hparams, StepBatches(problem, 0), {})
+    assert first.receipt.setup_mv == 5
+    state = {**first.state, "preconditioner.latest": first.state["preconditioner.first"] + 6}  # dearer than a new one
+    again = differentiate(method, flat, SOLVER, first.params, hparams, StepBatches(problem, 1), state)
+    assert again.receipt.setup_mv == 5
+    kept = differentiate(method, flat, SOLVER, first.params, hparams, StepBatches(problem, 1), first.state)
+    assert kept.receipt.setup_mv == 0
+
+
+@pytest.mark.parametrize("preconditioner", [Nystrom(rank=60), Jacobi()], ids=lambda p: type(p).__name__)
+def test_a_preconditioned_hypergradient_is_the_same_number(preconditioner):
+    problem = Logistic()
+    method = Implicit(linear_solver=ConjugateGradient(rtol=1e-10, max_steps=5000), preconditioner=preconditioner)
+    (result,) = steps(problem, method, 1, LBFGS(atol=1e-11, max_steps=9999))
+    torch.testing.assert_close(result.gradient["penalty"], exact(problem), rtol=1e-6, atol=1e-10)
