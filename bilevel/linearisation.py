@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import grad
+from torch.utils.weak import WeakIdKeyDictionary
 
 from bilevel.flat import FlatProblem
 from bilevel.linalg import GaussNewtonOperator, HessianOperator, JacobianOperator, LinearOperator
@@ -28,6 +29,8 @@ class Linearisation:
         operator: `∂F/∂x`, the Hessian of the inner loss where there is one.
         optimality: `F(x, θ)`, shaped like `params`.
         inner_loss: mean over tasks; NaN for a problem without one.
+        pull: the mixed product `v -> (∂F/∂θ)^T v` where it is not that of the graph: compiled products have none.
+        fallback: why the products are not compiled, a sentence; None where they are, or were not meant to be.
     """
 
     problem: FlatProblem
@@ -37,6 +40,8 @@ class Linearisation:
     operator: LinearOperator
     optimality: Tensor
     inner_loss: float
+    pull: Callable[[Tensor], TensorDict] | None = None
+    fallback: str | None = None
 
     @property
     def stationarity(self) -> Tensor:
@@ -45,6 +50,8 @@ class Linearisation:
 
     def mixed(self, vector: Tensor) -> TensorDict:
         """`(∂F/∂θ)^T v`, by names, summed over tasks: one backward pass through the graph."""
+        if self.pull is not None:
+            return self.pull(vector)
         if not self.hparams or not self.optimality.requires_grad:
             return {name: torch.zeros_like(value) for name, value in self.hparams.items()}
         parts = grad(self.optimality, list(self.hparams.values()), vector, retain_graph=True, materialize_grads=True)
@@ -92,6 +99,44 @@ def linearise(
         (gradient,) = grad(loss.sum(), leaf, create_graph=True, materialize_grads=True)
     hessian = HessianOperator.from_gradient(gradient, leaf)
     return Linearisation(problem, batch, leaf, at, hessian, gradient, float(loss.detach().mean()))
+
+
+def linearise_compiled(
+    problem: FlatProblem, solver: InnerSolver, params: Tensor, hparams: Mapping[str, Tensor], batch: Any = None
+) -> Linearisation:
+    """As `linearise`, with compiled products: one compilation for a problem, a solver and shapes, used at every point.
+
+    Where compiling fails, or gives other numbers than the eager products it is once compared with, the products are
+    eager and `fallback` says why.
+    """
+    from bilevel.linalg.compiled import CompiledDerivatives  # the compiler takes half a second to import
+
+    def function(x: Tensor, at: Mapping[str, Tensor], data: Any) -> Tensor:
+        conditions = solver.conditions(problem.objective(data))
+        chosen = conditions.loss or conditions.optimality
+        assert chosen is not None
+        return chosen(x, at)
+
+    programs = _COMPILED.setdefault(problem.problem, {})
+    found = programs.setdefault((problem.layout, solver), CompiledDerivatives()).at(function, params, hparams, batch)
+    is_loss = found.value.ndim < params.ndim
+    value = float(found.value.mean()) if is_loss else inner_value(problem, params, hparams, batch)
+    return Linearisation(
+        problem,
+        batch,
+        params.detach(),
+        detach(hparams),
+        found.operator,
+        found.optimality,
+        value,
+        found.mixed,
+        found.fallback,
+    )
+
+
+_COMPILED = (
+    WeakIdKeyDictionary()
+)  # problem -> {(layout, solver): CompiledDerivatives}; by identity, as problems may not hash
 
 
 def inner_value(problem: FlatProblem, params: Tensor, hparams: Mapping[str, Tensor], batch: Any) -> float:

@@ -12,11 +12,14 @@ import torch
 from torch.nn import functional
 
 import bilevel.linalg.compiled as module
+from bilevel import Positive, Problem
 from bilevel.errors import UsageError
-from bilevel.linalg import ConjugateGradient, Tag, as_matrix, linear_solve
+from bilevel.hypergradient import Implicit, hypergradient_at
+from bilevel.linalg import MINRES, ConjugateGradient, Tag, as_matrix, linear_solve
 from bilevel.linalg.compiled import MAX_CHANGES, MAX_PROGRAMS, CompiledDerivatives
 from bilevel.linalg.differentiate import differentiate
 from bilevel.linalg.tracing import split, trace
+from bilevel.solvers import GradientDescent
 
 DRAW = torch.Generator().manual_seed(0)
 
@@ -477,3 +480,64 @@ def test_a_point_that_is_not_finite_settles_nothing(graphs):
         found = compiled.at(quartic, bad, C)
         assert found.fallback is None and found.optimality.isnan().all()
     assert compiled.at(quartic, randn(6), C).fallback is None and len(graphs) == 1
+
+
+# --- as the products of a hypergradient -------------------------------------------------------------------------------
+
+
+class Network(Problem):
+    """Two tasks that share a decay for each parameter; noise, if any, is drawn in every evaluation."""
+
+    constraints = {"decay": Positive()}
+    num_tasks = 2
+    noise = 0.0
+
+    def __init__(self):
+        draw = torch.Generator().manual_seed(1)
+        self.x, self.y = torch.randn(2, 9, 3, generator=draw), torch.randn(2, 9, generator=draw)
+        self.start = torch.randn(3, 2, generator=draw)
+
+    def init_hparams(self):
+        return {"decay": torch.full((3, 2), 0.1).to(self.x)}
+
+    def init_params(self, hparams):
+        return {"w": self.start.clone()}
+
+    def inner_batches(self, step, inner_step):
+        return {"x": self.x, "y": self.y}
+
+    outer_batches = inner_batches
+
+    def inner_loss(self, params, hparams, batch):
+        x = batch["x"] + self.noise * torch.randn_like(batch["x"]) if self.noise else batch["x"]
+        return ((x @ params["w"]).tanh().sum(-1) - batch["y"]).square().mean() + (
+            hparams["decay"] * params["w"].square()
+        ).sum()
+
+    def outer_loss(self, params, hparams, batch):
+        return ((batch["x"] @ params["w"]).tanh().sum(-1) - 1).square().mean()
+
+
+def hypergradient(problem, compile):
+    method = Implicit(linear_solver=MINRES(rtol=1e-12), compile=compile)
+    solver = GradientDescent(learning_rate=0.1, max_steps=100, atol=0.0)
+    return [hypergradient_at(problem, method=method, solver=solver, step=step) for step in (0, 1)]
+
+
+def test_a_compiled_hypergradient_is_the_eager_one_step_after_step(graphs):
+    problem = Network().to(dtype=torch.float64)
+    for eager, compiled in zip(hypergradient(problem, False), hypergradient(problem, True), strict=True):
+        torch.testing.assert_close(compiled.gradient, eager.gradient, rtol=1e-9, atol=1e-12)
+        assert compiled.receipt.fallback is None and compiled.receipt.error_estimate > 0
+        assert compiled.inner_loss == pytest.approx(eager.inner_loss, rel=1e-12)
+
+
+def test_a_hypergradient_that_is_not_compiled_says_why(graphs):
+    problem = Network().to(dtype=torch.float64)
+    problem.noise = 0.1
+    torch.manual_seed(0)
+    eager = hypergradient(problem, False)[0]
+    torch.manual_seed(0)
+    compiled = hypergradient(problem, True)[0]
+    assert "draws random numbers" in compiled.receipt.fallback and eager.receipt.fallback is None
+    torch.testing.assert_close(compiled.gradient, eager.gradient, rtol=1e-9, atol=1e-12)

@@ -68,6 +68,8 @@ def _troubles(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     if _is_negative(record):
         least = number(record["receipt.curvature_min"], 3)
         found.append(("the inner Hessian has negative curvature", f" (least seen {least}): the solution is no minimum"))
+    if record.get("receipt.fallback"):
+        found.append(("the products are not compiled", f": {record['receipt.fallback']}"))
     if record.get("skipped"):
         found.append(("skipped, for the hypergradient was not finite or the inner solve diverged", ""))
     return found
