@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bilevel.broadcast import Broadcast
     from bilevel.constraints import Box, Constraint, Positive, Real, Simplex, UnitInterval
-    from bilevel.diagnostics import check
+    from bilevel.diagnostics import check, plan
     from bilevel.errors import UsageError
     from bilevel.hypergradient import FiniteDifference, ForwardMode, Implicit, OneStep, Unrolled, hypergradient_at
     from bilevel.implicit import implicit_argmin, implicit_fixed_point, implicit_root, root_jvp, root_vjp
@@ -31,7 +31,7 @@ _HOMES = {
     "implicit_argmin": "implicit",
     "implicit_fixed_point": "implicit", "implicit_root": "implicit", "root_jvp": "implicit", "root_vjp": "implicit",
     "Problem": "problem", "Receipt": "receipt", "Callback": "trainer", "Fit": "trainer", "Trainer": "trainer",
-    "fit": "trainer", "check": "diagnostics",
+    "fit": "trainer", "check": "diagnostics", "plan": "diagnostics",
 }  # fmt: skip
 
 __all__ = [
@@ -59,6 +59,7 @@ __all__ = [
     "implicit_argmin",
     "implicit_fixed_point",
     "implicit_root",
+    "plan",
     "root_jvp",
     "root_vjp",
 ]

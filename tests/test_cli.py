@@ -377,7 +377,7 @@ def test_mistake_shows_its_traceback_when_asked(monkeypatch, tiny):
     ("words", "expected"),
     [
         (["trian"], "did you mean 'train'?"),
-        (["zebra"], "the commands are check, report, train."),
+        (["zebra"], "the commands are check, plan, report, train."),
         (["seed=1"], "train seed=1"),
     ],
 )

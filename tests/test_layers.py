@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": BASE,
     "problems": PROBLEM | {"data"},
     "trainer": PROBLEM | {"hypergradient", "data"},
-    "diagnostics": PROBLEM | {"linearisation", "preconditioner", "hypergradient"},
+    "diagnostics": PROBLEM | {"linearisation", "preconditioner", "hypergradient", "trainer"},
     "tracking": BASE,
     "report": BASE | {"tracking"},
     "cli": PROBLEM | {"hypergradient", "data", "problems", "trainer", "tracking", "report", "diagnostics"},

@@ -28,6 +28,7 @@ class Command:
 COMMANDS: dict[str, Command] = {
     "train": Command("bilevel.cli.train", "run the outer loop on a problem, or sweep over many runs with -m"),
     "check": Command("bilevel.cli.check", "certify the hypergradient of a problem: exit status 0 or 1"),
+    "plan": Command("bilevel.cli.plan", "predict time and memory of each method for a problem, and pick one"),
     "report": Command("bilevel.cli.report", "write report.html for a run, or a leaderboard for a sweep"),
 }
 

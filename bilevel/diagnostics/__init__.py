@@ -1,6 +1,8 @@
-"""What a hypergradient is worth before it is used: the certificate."""
+"""What a hypergradient is worth and what it costs before it is used: the certificate and the planner."""
 
 from bilevel.diagnostics.certificate import Certificate, Verdict, check
 from bilevel.diagnostics.finding import Flaw, Row
+from bilevel.diagnostics.forecast import Budget, Forecast
+from bilevel.diagnostics.plan import Plan, plan
 
-__all__ = ["Certificate", "Flaw", "Row", "Verdict", "check"]
+__all__ = ["Budget", "Certificate", "Flaw", "Forecast", "Plan", "Row", "Verdict", "check", "plan"]

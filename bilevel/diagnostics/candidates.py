@@ -1,0 +1,305 @@
+"""The methods that the planner prices for a problem, each by its own few lines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+from bilevel.diagnostics import cost
+from bilevel.diagnostics.cost import Cost, Recorded, Units
+from bilevel.diagnostics.trials import InnerTrial, LinearTrial, Site, try_linear, try_recorded
+from bilevel.errors import UsageError
+from bilevel.hypergradient import (
+    FiniteDifference,
+    ForwardMode,
+    HypergradientMethod,
+    Implicit,
+    OneStep,
+    Unrolled,
+    find_paths,
+)
+from bilevel.hypergradient.paths import EXPLANATIONS
+from bilevel.linalg import (
+    GMRES,
+    MINRES,
+    BiCGStab,
+    ConjugateGradient,
+    DenseCholesky,
+    DenseLU,
+    NeumannSeries,
+)
+from bilevel.linalg.iterative import IterativeSolver
+from bilevel.solvers import InnerSolver
+
+MEASURED = "measured"
+UNITS = "measured unit costs and counts"
+CUT = "a trial that was cut short, extrapolated"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method with what it would cost, or why it is none.
+
+    Attributes:
+        name: for the table.
+        method: what to pass as `hypergradient`.
+        solver: the inner solver that it goes with.
+        keys: what to write on the command line.
+        cost: of the first hypergradient; None where it is refused.
+        inner_seconds: of its inner solve, if that is the configured one; None otherwise.
+        grows: whether its linear solves get longer and shorter in the course of a run, as the configured ones do.
+        biased: why the number is not the hypergradient even when all solves are exact; empty when it is.
+        short: why its solves do not come to their tolerance; empty when they do.
+        further: whether its inner solver ends further from the solution than the configured one.
+        refused: why it cannot be used here; empty when it can.
+        unreached: hyperparameters that would get no gradient, each with the reason.
+        source: what the cost rests on.
+        counts: inner steps and products, in words.
+    """
+
+    name: str
+    method: HypergradientMethod
+    solver: InnerSolver
+    keys: str
+    cost: Cost | None = None
+    inner_seconds: float | None = None
+    grows: bool = False
+    biased: str = ""
+    short: str = ""
+    further: bool = False
+    refused: str = ""
+    unreached: dict[str, str] = field(default_factory=dict)
+    source: str = UNITS
+    counts: str = ""
+
+    @property
+    def possible(self) -> bool:
+        """Whether it gives every hyperparameter a gradient."""
+        return self.cost is not None and not self.unreached
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Everything that prices are made of.
+
+    Attributes:
+        site: where the problem is measured.
+        units: unit costs.
+        symmetric: whether products with the inner Jacobian are.
+        own: the inner solve with the configured solver.
+        recorded: one with a differentiable solver, the same where that is one.
+        implicit: the configured method, or a plain implicit one in its place.
+    """
+
+    site: Site
+    units: Units
+    symmetric: bool
+    own: InnerTrial
+    recorded: InnerTrial
+    implicit: Implicit
+
+
+def candidates(bench: Bench) -> list[Candidate]:
+    """All methods, priced or refused, with the hyperparameters that they do not reach."""
+    return [_with_reach(bench, one) for maker in MAKERS for one in maker(bench)]
+
+
+def reach(site: Site, method: HypergradientMethod, solver: InnerSolver) -> dict[str, str]:
+    """The hyperparameters that get no gradient from a method, each with the reason."""
+    covered = method.paths - ({"initial"} if method.warm_start else set())
+    found = {}
+    for name, paths in find_paths(site.flat, solver, site.hparams, site.batches).items():
+        if not paths & covered:
+            reasons = [EXPLANATIONS[path] for path in sorted(paths)]
+            found[name] = reasons[0] if reasons else "it is used nowhere on the way to the outer loss"
+    return found
+
+
+def _with_reach(bench: Bench, one: Candidate) -> Candidate:
+    return replace(one, unreached=reach(bench.site, one.method, one.solver))
+
+
+def _unsolved(trial: InnerTrial) -> str:
+    if trial.converged:
+        return ""
+    if trial.extrapolated:
+        return f"{type(trial.solver).__name__} was tried for {trial.num_made} of its {trial.num_steps} steps only"
+    return f"{type(trial.solver).__name__} ends at a gradient norm of {trial.stationarity:.2g}"
+
+
+def _iterative(bench: Bench) -> Iterator[Candidate]:
+    """The theorem with each iterative solver that the operator allows, everything else as configured."""
+    configured = bench.implicit.linear_solver
+    solvers: dict[str, IterativeSolver] = (
+        {"cg": ConjugateGradient(), "minres": MINRES(), "neumann": NeumannSeries()}
+        if bench.symmetric
+        else {"gmres": GMRES(), "bicgstab": BiCGStab()}
+    )
+    for name, solver in solvers.items():
+        if isinstance(configured, type(solver)):
+            solver = configured
+        elif (rtol := getattr(configured, "rtol", None)) is not None:
+            solver = replace(solver, rtol=rtol)
+        method = replace(bench.implicit, linear_solver=solver)
+        made = Candidate(
+            name=f"implicit, {type(solver).__name__}",
+            method=method,
+            solver=bench.own.solver,
+            keys=f"hypergradient=implicit_{name}",
+            inner_seconds=bench.own.seconds,
+        )
+        try:
+            trial = try_linear(bench.site, bench.units, bench.own.solver, bench.own.params, method)
+        except UsageError as error:
+            yield replace(made, refused=str(error).rstrip("."))
+            continue
+        units = replace(bench.units, graph_bytes=trial.bytes)
+        yield replace(
+            made,
+            cost=cost.implicit(units, bench.own.seconds, trial.products, trial.product_seconds),
+            grows=trial.solved,
+            short=_unsolved(bench.own) or _left(trial),
+            source=CUT if bench.own.extrapolated or trial.made < trial.products else UNITS,
+            counts=f"{bench.own.num_steps} steps, {trial.products:.0f} products",
+        )
+
+
+def _left(trial: LinearTrial) -> str:
+    return "" if trial.solved else f"the linear solve ends at a relative residual of {trial.residual:.2g}"
+
+
+def _dense(bench: Bench) -> Iterator[Candidate]:
+    """The theorem with a factorisation: Cholesky, or LU for a matrix that need not be positive definite.
+
+    Without an error estimate, whose subspace would be the whole space, and without anything that speeds up a solve.
+    """
+    plain = Implicit(linear_solver=ConjugateGradient(), error_estimate=None)
+    definite = bench.symmetric
+    if definite:
+        definite = not try_linear(bench.site, bench.units, bench.own.solver, bench.own.params, plain).negative
+    solver = DenseCholesky() if definite else DenseLU()
+    size = bench.units.num_unknowns
+    made = Candidate(
+        name=f"implicit, {type(solver).__name__}",
+        method=replace(plain, linear_solver=solver),
+        solver=bench.own.solver,
+        keys=f"hypergradient=implicit_{'dense_cholesky' if definite else 'dense_lu'} hypergradient.error_estimate=null",
+        inner_seconds=bench.own.seconds,
+        short=_unsolved(bench.own),
+        source=CUT if bench.own.extrapolated else UNITS,
+        counts=f"{bench.own.num_steps} steps, {size} products",
+    )
+    if size > solver.max_size:
+        yield replace(made, refused=f"{size} unknowns are more than its max_size of {solver.max_size}")
+    else:
+        yield replace(made, cost=cost.dense(bench.units, bench.own.seconds))
+
+
+def _recorded(bench: Bench) -> Iterator[Candidate]:
+    """Methods that pull back through recorded steps; one measurement of such steps prices them all."""
+    trial, num_steps = bench.recorded, bench.recorded.num_steps
+    every = max(math.isqrt(num_steps), 1)
+    step = trial.seconds / num_steps
+    methods: list[tuple[Candidate, Callable[[Recorded], Cost]]] = [
+        (
+            _recording(bench, "unrolled", "unrolled", Unrolled(), f"{num_steps} steps"),
+            lambda one: cost.unrolled(one, num_steps),
+        ),
+        (
+            _recording(
+                bench,
+                f"unrolled, checkpointed every {every}",
+                f"unrolled hypergradient.checkpoint_every={every}",
+                Unrolled(checkpoint_every=every),
+                f"{2 * num_steps} steps",
+            ),
+            lambda one: cost.checkpointed(bench.units, one, num_steps, every, step),
+        ),
+        (
+            replace(
+                _recording(bench, "one step", "one_step", OneStep(), f"{num_steps} steps"),
+                biased="one inner step stands for the whole iteration",
+            ),
+            lambda one: cost.one_step(one, trial.seconds),
+        ),
+    ]
+    yield from _priced(bench, Unrolled(), methods)
+
+
+def _forward(bench: Bench) -> Iterator[Candidate]:
+    """Tangents of all hyperparameters along with the iteration."""
+    num_steps, method = bench.recorded.num_steps, ForwardMode()
+    made = _recording(bench, "forward mode", "forward", method, f"{num_steps} steps")
+    yield from _priced(bench, method, [(made, lambda one: cost.forward(one, num_steps))])
+
+
+def _priced(
+    bench: Bench, measured: HypergradientMethod, methods: Iterable[tuple[Candidate, Callable[[Recorded], Cost]]]
+) -> Iterator[Candidate]:
+    try:
+        recorded = try_recorded(bench.site, measured, bench.recorded.solver)
+    except UsageError as error:
+        for made, _ in methods:
+            yield replace(made, refused=str(error).rstrip("."))
+        return
+    for made, price in methods:
+        yield replace(made, cost=price(recorded))
+
+
+def _recording(bench: Bench, name: str, keys: str, method: HypergradientMethod, counts: str) -> Candidate:
+    """What methods with recorded steps share."""
+    own = bench.recorded.solver == bench.own.solver
+    return Candidate(
+        name=name,
+        method=method,
+        solver=bench.recorded.solver,
+        keys=f"hypergradient={keys}" + ("" if own else f" {_solver_keys(bench.recorded.solver)}"),
+        short=_unsolved(bench.recorded),
+        refused=""
+        if bench.recorded.result.usable
+        else f"{type(bench.recorded.solver).__name__} fails: {bench.recorded.result.value}",
+        further=not own and not bench.recorded.converged and bench.recorded.stationarity > bench.own.stationarity,
+        source=CUT if bench.recorded.extrapolated else UNITS,
+        counts=counts,
+    )
+
+
+def _solver_keys(solver: InnerSolver) -> str:
+    """All that an experiment may have set for another solver."""
+    values = {"max_steps": solver.max_steps, "atol": f"{solver.atol:g}", "rtol": f"{solver.rtol:g}"}
+    return " ".join(["solver=gradient_descent", *(f"solver.{key}={value}" for key, value in values.items())])
+
+
+def _finite_difference(bench: Bench) -> Iterator[Candidate]:
+    """DARTS."""
+    method, solver = FiniteDifference(), bench.own.solver
+    made = Candidate(
+        name="finite differences",
+        method=method,
+        solver=solver,
+        keys="hypergradient=finite_difference",
+        inner_seconds=bench.own.seconds,
+        biased="one virtual step stands for the inverse Hessian",
+        short=_unsolved(bench.own),
+        source=CUT if bench.own.extrapolated else UNITS,
+        counts=f"{bench.own.num_steps} steps",
+    )
+    try:
+        method.check(solver)
+    except UsageError as error:
+        yield replace(made, refused=str(error))
+        return
+    if bench.site.flat.objective(bench.site.batches.curvature).loss is None:
+        yield replace(made, refused="it needs inner_loss, and the problem defines only optimality")
+    else:
+        yield replace(made, cost=cost.finite_difference(bench.units, bench.own.seconds))
+
+
+MAKERS: tuple[Callable[[Bench], Iterator[Candidate]], ...] = (
+    _iterative,
+    _dense,
+    _recorded,
+    _forward,
+    _finite_difference,
+)
