@@ -14,7 +14,16 @@ if TYPE_CHECKING:
     from bilevel.constraints import Box, Constraint, Positive, Real, Simplex, UnitInterval
     from bilevel.diagnostics import check, plan
     from bilevel.errors import UsageError
-    from bilevel.hypergradient import FiniteDifference, ForwardMode, Implicit, OneStep, Unrolled, hypergradient_at
+    from bilevel.hypergradient import (
+        SAMA,
+        FiniteDifference,
+        ForwardMode,
+        Implicit,
+        ImplicitUpdate,
+        OneStep,
+        Unrolled,
+        hypergradient_at,
+    )
     from bilevel.implicit import implicit_argmin, implicit_fixed_point, implicit_root, root_jvp, root_vjp
     from bilevel.problem import Problem
     from bilevel.receipt import Receipt
@@ -27,6 +36,7 @@ _HOMES = {
     "Real": "constraints",
     "Simplex": "constraints", "UnitInterval": "constraints", "UsageError": "errors",
     "FiniteDifference": "hypergradient", "ForwardMode": "hypergradient", "Implicit": "hypergradient",
+    "ImplicitUpdate": "hypergradient", "SAMA": "hypergradient",
     "OneStep": "hypergradient", "Unrolled": "hypergradient", "hypergradient_at": "hypergradient",
     "implicit_argmin": "implicit",
     "implicit_fixed_point": "implicit", "implicit_root": "implicit", "root_jvp": "implicit", "root_vjp": "implicit",
@@ -35,6 +45,7 @@ _HOMES = {
 }  # fmt: skip
 
 __all__ = [
+    "SAMA",
     "Box",
     "Broadcast",
     "Callback",
@@ -43,6 +54,7 @@ __all__ = [
     "Fit",
     "ForwardMode",
     "Implicit",
+    "ImplicitUpdate",
     "OneStep",
     "Positive",
     "Problem",

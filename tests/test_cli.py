@@ -301,7 +301,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "key of a group not chosen": (["outer_scheduler.step_size=4"], "first choose outer_scheduler="),
     "misspelt group": (["solvr=tiny"], "did you mean 'solver'?"),
     "misspelt option": (["hypergradient=tiny_gc"], "did you mean 'tiny_cg'?"),
-    "unknown option": (["hypergradient=zebra"], "tiny_bare, tiny_cg, tiny_one_step"),
+    "unknown option": (["hypergradient=zebra"], "its options are finite_difference, forward"),
     "misspelt experiment": (["experiment=tinny"], "did you mean 'tiny'?"),
     "null option": (["outer_scheduler=null"], "not null"),
     "group of another place": (

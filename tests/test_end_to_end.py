@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -91,8 +92,10 @@ def test_termination_ends_a_run_as_an_interruption_does(tmp_path):
     for line in run.stdout:
         if line.lstrip().startswith("0 "):
             break
+    (folder,) = (tmp_path / "train").iterdir()
+    while len((folder / "metrics.jsonl").read_text().splitlines()) < 2:  # step 0 is whole once step 1 is recorded
+        time.sleep(0.01)
     run.terminate()
     _, err = run.communicate(timeout=60)
-    (folder,) = (tmp_path / "train").iterdir()
     assert run.returncode == 130 and f"interrupted: go on with python -m bilevel train resume={folder}" in err
     assert list((folder / "checkpoints").iterdir()) and (folder / "summary.json").is_file()

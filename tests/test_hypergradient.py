@@ -10,9 +10,11 @@ from bilevel.constraints import Positive
 from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem, StepBatches
 from bilevel.hypergradient import (
+    SAMA,
     FiniteDifference,
     ForwardMode,
     Implicit,
+    ImplicitUpdate,
     OneStep,
     Unrolled,
     check_paths,
@@ -35,6 +37,7 @@ from bilevel.linalg import (
 from bilevel.problem import Problem
 from bilevel.solvers import (
     LBFGS,
+    Adam,
     AndersonAcceleration,
     GradientDescent,
     NewtonCG,
@@ -146,8 +149,11 @@ def close(got, want, rtol):
 
 NEWTON = NewtonCG(atol=1e-11, max_steps=200)
 DESCENT = GradientDescent(learning_rate=0.02, momentum=0.7, atol=1e-13, max_steps=5000)
+ADAM = Adam(learning_rate=0.05, beta2=0.9, epsilon=1.0, atol=1e-13, max_steps=20_000)
 EXACT = [
     *((Implicit(linear_solver=linear), NEWTON) for linear in LINEAR),
+    *((ImplicitUpdate(linear_solver=linear), solver) for linear in LINEAR for solver in (DESCENT, ADAM)),
+    (Unrolled(), ADAM),
     (Unrolled(), DESCENT),
     (Unrolled(checkpoint_every=37), DESCENT),
     (ForwardMode(), DESCENT),
@@ -202,6 +208,7 @@ def test_methods_agree_with_differences_of_the_resolved_problem(make):
     expected = differences(problem, solver, reference.params, hparams)
     for method, inner in [
         *((Implicit(linear_solver=linear), solver) for linear in LINEAR),
+        *((ImplicitUpdate(linear_solver=linear), slow) for linear in LINEAR),
         (Unrolled(), slow), (Unrolled(checkpoint_every=50), slow), (ForwardMode(), slow),
     ]:  # fmt: skip
         result = compute(problem, method, inner, params=minimum)
@@ -505,6 +512,7 @@ class Tasks(Ridge):
     ("method", "solver"),
     [
         *((Implicit(linear_solver=linear), DESCENT) for linear in LINEAR),
+        *((ImplicitUpdate(linear_solver=linear), DESCENT) for linear in LINEAR),
         (Unrolled(), DESCENT), (Unrolled(checkpoint_every=100), DESCENT), (ForwardMode(), DESCENT),
         (Implicit(linear_solver=DenseLU()), AndersonAcceleration(learning_rate=0.01, atol=1e-12)),
     ],
@@ -625,7 +633,11 @@ def test_one_hypergradient_is_one_call():
         hypergradient_at(LearnedSolver(), {"rate": torch.tensor(0.1), "init": {"w": torch.ones(5)}})
 
 
-@pytest.mark.parametrize("method", [Unrolled(), Unrolled(last=5), Unrolled(checkpoint_every=5), ForwardMode()], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [Unrolled(), Unrolled(last=5), Unrolled(checkpoint_every=5), ForwardMode(), SAMA(), ImplicitUpdate()],
+    ids=str,
+)
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_every_way_through_the_loop_calls_a_divergence_by_its_name(method, momentum):
     """Also in pieces: growth counts from the first step of the whole loop."""

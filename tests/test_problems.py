@@ -184,7 +184,10 @@ def test_splits_are_disjoint_stratified_and_seeded():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: DigitsSoftmax(penalty="sharde"), "expected to be shared, per_layer, .* or groups, but is 'sharde': did you mean 'shared'"),
+        (
+            lambda: DigitsSoftmax(penalty="sharde"),
+            "expected to be shared, per_layer, .* or groups, but is 'sharde': did you mean 'shared'",
+        ),
         (lambda: DigitsSoftmax(start=0.0), "starting penalty and must be above 0, but is 0.0"),
         (lambda: DigitsSoftmax(batch_size=5000), r"between 1 and the number of examples \(898\), but is 5000"),
         (lambda: DigitsMLP(hidden=[0]), "widths of at least 1"),

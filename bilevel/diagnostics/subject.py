@@ -79,9 +79,9 @@ class Subject:
     @cached_property
     def refined(self) -> Tensor:
         """The own solution, brought to rounding level: downhill as far as that goes, then by plain Newton steps."""
-        objective = self.flat.objective(self.batches.curvature)
+        objective = self.solver.conditions(self.flat.objective(self.batches.curvature))
         x = self.inner.params
-        if objective.loss is not None and not self.solver.composite:
+        if objective.loss is not None:
             with torch.no_grad():
                 x = run(LBFGS(max_steps=MAX_DESCENT, atol=1e-9), objective, x, self.hparams).params
         return self.refine(x, self.hparams)

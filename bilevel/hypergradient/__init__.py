@@ -6,12 +6,15 @@ from bilevel.hypergradient.evaluate import Evaluation, default_solver, hypergrad
 from bilevel.hypergradient.finite_difference import FiniteDifference
 from bilevel.hypergradient.forward import ForwardMode
 from bilevel.hypergradient.implicit import Implicit
+from bilevel.hypergradient.implicit_update import ImplicitUpdate
 from bilevel.hypergradient.method import Hypergradient, HypergradientMethod, differentiate, start_method
 from bilevel.hypergradient.one_step import OneStep
 from bilevel.hypergradient.paths import check_not_all_zero, check_paths, find_paths
+from bilevel.hypergradient.sama import SAMA
 from bilevel.hypergradient.unrolled import Unrolled
 
 __all__ = [
+    "SAMA",
     "Accuracy",
     "AdaptiveAccuracy",
     "ErrorEstimate",
@@ -23,6 +26,7 @@ __all__ = [
     "Hypergradient",
     "HypergradientMethod",
     "Implicit",
+    "ImplicitUpdate",
     "OneStep",
     "Unrolled",
     "check_not_all_zero",

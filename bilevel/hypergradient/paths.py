@@ -20,7 +20,7 @@ EXPLANATIONS = {
     "direct": "it stands in the outer loss",
     "inner": "it shapes the inner problem",
     "initial": "it only enters the starting point of the inner solve, which a solution does not depend on",
-    "solver": "it is an option of the inner solver, which a solution does not depend on",
+    "solver": "it is an option of the inner solver{option}, which changes the way to a solution and not the solution itself",
 }
 REMEDIES = {
     "initial": "use hypergradient=unrolled or hypergradient=forward, or tie it to the solution by a proximal term",
@@ -74,8 +74,8 @@ def _optimality(
     conditions = solver.conditions(objective)
     if conditions.optimality is not None:
         return conditions.optimality(x, at)
-    assert objective.loss is not None
-    value = objective.loss(x, at)
+    assert conditions.loss is not None
+    value = conditions.loss(x, at)
     _check_finite(value)
     gradient = grad(value.sum(), x, create_graph=True, allow_unused=True)[0] if value.requires_grad else None
     if gradient is None:
@@ -123,8 +123,40 @@ def check_paths(
         if path in method.paths:
             remedy = "set hypergradient.warm_start=false"
         raise UsageError(
-            f"hyperparameter '{name}' gets no hypergradient from {type(method).__name__}: {EXPLANATIONS[path]}; {remedy}."
+            f"hyperparameter '{name}' gets no hypergradient from {type(method).__name__}: "
+            f"{EXPLANATIONS[path].format(option=_option(solver, name))}; {remedy}."
         )
+
+
+def explain_vanishing(
+    method: HypergradientMethod,
+    problem: FlatProblem,
+    solver: InnerSolver,
+    hparams: Mapping[str, Tensor],
+    batches: StepBatches,
+) -> None:
+    """Warn of hyperparameters whose hypergradient is zero at a solution, for a method that reaches the solver's options.
+
+    Those are the options that a solution does not depend on, unless they stand in the problem as well.
+    """
+    found = find_paths(problem, solver, hparams, batches)
+    names = [name for name, paths in found.items() if "solver" in paths and not paths & {"direct", "inner"}]
+    if not names:
+        return
+    listed = ", ".join(f"'{name}'{_option(solver, name)}" for name in names)
+    moving = f", or tune {' or '.join(solver.moves_solution)}, which moves it" if solver.moves_solution else ""
+    warnings.warn(
+        f"the hypergradient of {listed} from {type(method).__name__} is zero by theory, but for what the inner solve left "
+        "over: it converged, and a solution does not depend on how it was found; use hypergradient=unrolled or "
+        f"hypergradient=forward, or an inner solve of few steps with atol=0 (a biased one-pass derivative){moving}.",
+        stacklevel=3,
+    )
+
+
+def _option(solver: InnerSolver, name: str) -> str:
+    """Which option of the solver a hyperparameter is, in brackets; nothing for an option of one of its parts."""
+    options = [option for option, value in vars(solver).items() if isinstance(value, str) and value == name]
+    return f" ({' and '.join(options)} of {type(solver).__name__})" if options else ""
 
 
 def check_not_all_zero(result: Hypergradient, method: HypergradientMethod) -> None:

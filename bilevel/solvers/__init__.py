@@ -1,5 +1,6 @@
 """Inner solvers and the one loop that runs them."""
 
+from bilevel.solvers.adam import Adam
 from bilevel.solvers.anderson import AndersonAcceleration
 from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.lbfgs import LBFGS
@@ -9,9 +10,11 @@ from bilevel.solvers.objective import Objective
 from bilevel.solvers.proximal_gradient import Project, Proximal, ProximalGradient, SoftThreshold
 from bilevel.solvers.solver import InnerSolver
 from bilevel.solvers.torch_optimizer import TorchOptimizer
+from bilevel.solvers.update_rule import UpdateRule
 
 __all__ = [
     "LBFGS",
+    "Adam",
     "AndersonAcceleration",
     "GradientDescent",
     "InnerResult",
@@ -24,5 +27,6 @@ __all__ = [
     "ProximalGradient",
     "SoftThreshold",
     "TorchOptimizer",
+    "UpdateRule",
     "run",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bilevel.errors import UsageError
 from bilevel.solvers.objective import Hparams, Objective
+from bilevel.solvers.update_rule import UpdateRule, no_rule
 
 State = dict[str, Any]
 
@@ -33,6 +34,7 @@ class InnerSolver(ABC):
         differentiable: whether a step can be recorded, as the unrolled, forward and one-step methods need.
         full_batch: whether steps compare losses with each other, so that minibatches would mislead them.
         composite: whether a non-smooth term is added to the loss, so that a solution is no zero of the loss's gradient.
+        moves_solution: the options that a solution depends on (they stand in `conditions`); the others change the way there.
     """
 
     max_steps: int = 200
@@ -42,6 +44,7 @@ class InnerSolver(ABC):
     differentiable: ClassVar[bool] = True
     full_batch: ClassVar[bool] = False
     composite: ClassVar[bool] = False
+    moves_solution: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         """Validate the numbers."""
@@ -68,6 +71,14 @@ class InnerSolver(ABC):
     def conditions(self, loss: Objective) -> Objective:
         """What vanishes at a solution, for the implicit function theorem: the gradient of the loss, unless overridden."""
         return loss
+
+    def update_rule(self) -> UpdateRule:
+        """The step as an elementwise rule that can be differentiated.
+
+        Raises:
+            UsageError: it is none.
+        """
+        raise no_rule(f"{type(self).__name__} has none")
 
     def done(self, state: State) -> Tensor:
         """Which systems are stationary, `(*batch,)`."""

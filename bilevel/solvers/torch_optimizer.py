@@ -10,8 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from bilevel.solvers.adam import Adam
+from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.objective import Hparams, Objective
 from bilevel.solvers.solver import InnerSolver, State, fresh_state, row_norm
+from bilevel.solvers.update_rule import UpdateRule, no_rule
+
+Options = dict[str, Any]  # those of a parameter group
 
 
 def _adam(params: Iterable[Tensor]) -> torch.optim.Optimizer:
@@ -71,3 +76,68 @@ class TorchOptimizer(InnerSolver):
             "stationarity": seen[-1],
             "num_gradients": state["num_gradients"] + len(seen),
         }
+
+    def update_rule(self) -> UpdateRule:
+        """The step of Adam, AdamW or SGD by the solver of ours that makes the same.
+
+        Raises:
+            UsageError: another optimiser, or an option that ours do not have.
+        """
+        optimizer = self.optimizer([torch.zeros(1, requires_grad=True)])
+        for kind, (rule, changes) in RULES.items():
+            if type(optimizer) is kind:
+                (group,) = optimizer.param_groups
+                wrong = [name for name in changes if group.get(name)]
+                if kind is torch.optim.Adam and group["weight_decay"] and not group.get("decoupled_weight_decay"):
+                    wrong.append("weight_decay")
+                if wrong:
+                    raise no_rule(
+                        f"torch.optim.{kind.__name__} with {wrong[0]}={group[wrong[0]]} has none that is known"
+                    )
+                return rule(group)
+        raise no_rule(f"torch.optim's {type(optimizer).__name__} has none that is known")
+
+
+def _adam_rule(group: Options) -> UpdateRule:
+    beta1, beta2 = (float(beta) for beta in group["betas"])
+    solver = Adam(
+        learning_rate=float(group["lr"]),
+        beta1=beta1,
+        beta2=beta2,
+        epsilon=group["eps"],
+        weight_decay=group["weight_decay"],
+    )
+
+    def translate(state: State, params: Tensor) -> State:
+        own, others = _entry(state)
+        nothing, count = torch.zeros_like(params), torch.tensor(int(own.get("step", 0)))
+        first, second = own.get("exp_avg", nothing), own.get("exp_avg_sq", nothing)
+        return {**others, "first_moment": first, "second_moment": second, "count": count}
+
+    return UpdateRule(solver, ("first_moment", "second_moment"), translate)
+
+
+def _sgd_rule(group: Options) -> UpdateRule:
+    solver = GradientDescent(
+        learning_rate=float(group["lr"]), momentum=float(group["momentum"]), weight_decay=group["weight_decay"]
+    )
+
+    def translate(state: State, params: Tensor) -> State:
+        own, others = _entry(state)
+        velocity = own.get("momentum_buffer")  # there is none without momentum
+        return {**others, "velocity": torch.zeros_like(params) if velocity is None else velocity}
+
+    return UpdateRule(solver, ("velocity",), translate)
+
+
+def _entry(state: State) -> tuple[State, State]:
+    """What the optimiser keeps for its one tensor (nothing before the first step), and the rest of the solver's state."""
+    return state["optimizer"]["state"].get(0, {}), {key: value for key, value in state.items() if key != "optimizer"}
+
+
+# For each optimiser: how its options and its state are read, and the options that must be off.
+RULES: dict[type[torch.optim.Optimizer], tuple[Callable[[Options], UpdateRule], tuple[str, ...]]] = {
+    torch.optim.Adam: (_adam_rule, ("amsgrad", "maximize")),
+    torch.optim.AdamW: (_adam_rule, ("amsgrad", "maximize")),
+    torch.optim.SGD: (_sgd_rule, ("dampening", "nesterov", "maximize")),
+}
