@@ -87,9 +87,8 @@ class Regression(Problem):
         many = uniform(draw) < 0.5
         self.penalty = top * 10 ** torch.rand(len(self.start), generator=draw) if many else torch.tensor(top)
 
-    @property
-    def lower_curvature(self) -> float:
-        """What the user declares."""
+    def lower_curvature(self, hparams: Mapping[str, Tensor]) -> float:
+        """What the user declares: the smallest penalty."""
         return float(self.penalty.min())
 
     def draw_data(self, size: int, kappa: float, draw: torch.Generator) -> None:
@@ -322,7 +321,7 @@ def estimates(
     gradient = {"penalty": direct["penalty"] - at.mixed(solution.value)["penalty"]}
     solved = Solved(watched, rhs, solution.value, gradient)
     estimators = [own, *(ErrorEstimator(trust=1.0, doubt=doubt) for doubt in (0.0, 1.0) if calibrate)]
-    found = [estimator.estimate(at, LBFGS(), batches, solved, problem.lower_curvature) for estimator in estimators]
+    found = [estimator.estimate(at, LBFGS(), batches, solved, problem.lower_curvature({})) for estimator in estimators]
     return gradient["penalty"].reshape(-1), int(solution.num_mv), found
 
 

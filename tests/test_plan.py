@@ -17,7 +17,7 @@ from bilevel.diagnostics.cost import Cost, Line, Recorded, Units, Work, forecast
 from bilevel.diagnostics.forecast import recommend
 from bilevel.diagnostics.meter import held_bytes, peak_bytes, seconds_of
 from bilevel.diagnostics.pilot import Pilot
-from bilevel.diagnostics.plan import _steps_seconds
+from bilevel.diagnostics.planner import _steps_seconds
 from bilevel.diagnostics.trials import InnerTrial, Site, try_inner, try_linear, try_recorded
 from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem, StepBatches, natural_hparams

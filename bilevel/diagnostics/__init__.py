@@ -3,6 +3,6 @@
 from bilevel.diagnostics.certificate import Certificate, Verdict, check
 from bilevel.diagnostics.finding import Flaw, Row
 from bilevel.diagnostics.forecast import Budget, Forecast
-from bilevel.diagnostics.plan import Plan, plan
+from bilevel.diagnostics.planner import Plan, plan
 
 __all__ = ["Budget", "Certificate", "Flaw", "Forecast", "Plan", "Row", "Verdict", "check", "plan"]
