@@ -86,13 +86,7 @@ def table(certificate: Any, title: str) -> str:
     for head in ("", "check", "figure", "expected"):
         drawn.add_column(head, overflow="fold")
     for row in certificate.rows:
-        declared = all(flaw.name in certificate.declared for flaw, _ in row.flaws)
-        mark = (
-            Text("pass", "green")
-            if row.passed
-            else Text("declared" if declared else "FAIL", "yellow" if declared else "red")
-        )
-        drawn.add_row(mark, Text(row.check), Text(row.figure), Text(row.limit))
+        drawn.add_row(_mark(row, certificate.declared), Text(row.check), Text(row.figure), Text(row.limit))
     out = StringIO()
     console = Console(file=out, width=118)
     console.print(drawn)
@@ -108,6 +102,7 @@ def table(certificate: Any, title: str) -> str:
 
 
 def _mark(row: Any, declared: Mapping[str, str]) -> Any:
+    """The first cell of a row."""
     from rich.text import Text
 
     if row.passed:

@@ -73,11 +73,6 @@ class Candidate:
     source: str = UNITS
     counts: str = ""
 
-    @property
-    def possible(self) -> bool:
-        """Whether it gives every hyperparameter a gradient."""
-        return self.cost is not None and not self.unreached
-
 
 @dataclass(frozen=True)
 class Bench:

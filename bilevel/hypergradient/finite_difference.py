@@ -17,8 +17,7 @@ from bilevel.hypergradient.method import (
     MethodState,
     describe,
     outer_gradients,
-    solve_inner,
-    starting_point,
+    solve_without_graph,
 )
 from bilevel.linearisation import inner_value, leaves
 from bilevel.receipt import Receipt
@@ -70,9 +69,8 @@ class FiniteDifference(HypergradientMethod):
         state: MethodState,
     ) -> Hypergradient:
         """Solve, take the virtual step, difference."""
+        inner = solve_without_graph(problem, solver, params, hparams, batches, self.warm_start)
         with torch.no_grad():
-            start = starting_point(problem, params, hparams, self.warm_start)
-            inner = solve_inner(problem, solver, start, hparams, batches)
             objective = problem.objective(batches.curvature)
             virtual = inner.params - self.virtual_step * objective.gradient(inner.params, hparams)
         outer, by_params, direct = outer_gradients(problem, virtual, hparams, batches)

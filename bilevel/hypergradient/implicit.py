@@ -19,8 +19,7 @@ from bilevel.hypergradient.method import (
     MethodState,
     describe,
     outer_gradients,
-    solve_inner,
-    starting_point,
+    solve_without_graph,
 )
 from bilevel.hypergradient.negative_curvature import NegativeCurvature, SwitchToMINRES, System, met
 from bilevel.hypergradient.unconverged import OuterStep, Unconverged, Warn
@@ -94,9 +93,7 @@ class Implicit(HypergradientMethod):
         state: MethodState,
     ) -> Hypergradient:
         """Inner solve without a graph, then the theorem."""
-        with torch.no_grad():
-            start = starting_point(problem, params, hparams, self.warm_start)
-            inner = solve_inner(problem, solver, start, hparams, batches)
+        inner = solve_without_graph(problem, solver, params, hparams, batches, self.warm_start)
         # With minibatches no solve gets to a tolerance: the stationarity is one batch's, and the steps are a budget.
         if inner.result.usable and not inner.result.successful and not batches.stochastic:
             handled = self.unconverged.handle(OuterStep(problem, solver, hparams, batches), inner)

@@ -18,8 +18,7 @@ from bilevel.hypergradient.method import (
     MethodState,
     describe,
     outer_gradients,
-    solve_inner,
-    starting_point,
+    solve_without_graph,
 )
 from bilevel.hypergradient.paths import explain_vanishing
 from bilevel.linalg import MINRES, DiagonalOperator, LinearSolver
@@ -74,9 +73,7 @@ class ImplicitUpdate(HypergradientMethod):
         state: MethodState,
     ) -> Hypergradient:
         """Inner solve without a graph, then the theorem for one step."""
-        with torch.no_grad():
-            start = starting_point(problem, params, hparams, self.warm_start)
-            inner = solve_inner(problem, solver, start, hparams, batches)
+        inner = solve_without_graph(problem, solver, params, hparams, batches, self.warm_start)
         outer, by_params, direct = outer_gradients(problem, inner.params, hparams, batches)
         # of the inner loss alone: what the solver adds to it is in the response
         at = linearise(problem, GradientDescent(), inner.params, hparams, batches.curvature)

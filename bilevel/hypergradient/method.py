@@ -154,6 +154,19 @@ def starting_point(problem: FlatProblem, params: Tensor, hparams: Mapping[str, T
     return params.detach() if warm_start else problem.start(hparams)
 
 
+def solve_without_graph(
+    problem: FlatProblem,
+    solver: InnerSolver,
+    params: Tensor,
+    hparams: Mapping[str, Tensor],
+    batches: StepBatches,
+    warm_start: bool,
+) -> InnerSolution:
+    """The inner solve of the methods that differentiate at its end only, from the previous solution or the beginning."""
+    with torch.no_grad():
+        return solve_inner(problem, solver, starting_point(problem, params, hparams, warm_start), hparams, batches)
+
+
 def outer_gradients(
     problem: FlatProblem, params: Tensor, hparams: Mapping[str, Tensor], batches: StepBatches
 ) -> tuple[float, Tensor, TensorDict]:

@@ -17,8 +17,7 @@ from bilevel.hypergradient.method import (
     MethodState,
     describe,
     outer_gradients,
-    solve_inner,
-    starting_point,
+    solve_without_graph,
 )
 from bilevel.linearisation import inner_value, leaves
 from bilevel.receipt import Receipt
@@ -52,9 +51,7 @@ class OneStep(HypergradientMethod):
         state: MethodState,
     ) -> Hypergradient:
         """Solve without a graph, then record one step."""
-        with torch.no_grad():
-            start = starting_point(problem, params, hparams, self.warm_start)
-            inner = solve_inner(problem, solver, start, hparams, batches)
+        inner = solve_without_graph(problem, solver, params, hparams, batches, self.warm_start)
         x, at = inner.params.detach(), leaves(hparams)
         objective = problem.objective(batches.curvature)
         with torch.enable_grad():

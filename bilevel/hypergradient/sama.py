@@ -18,8 +18,7 @@ from bilevel.hypergradient.method import (
     MethodState,
     describe,
     outer_gradients,
-    solve_inner,
-    starting_point,
+    solve_without_graph,
 )
 from bilevel.linearisation import inner_value, leaves
 from bilevel.receipt import Receipt
@@ -75,9 +74,8 @@ class SAMA(HypergradientMethod):
     ) -> Hypergradient:
         """Solve, pull the outer gradient back through the update, difference."""
         rule = solver.update_rule()
+        inner = solve_without_graph(problem, solver, params, hparams, batches, self.warm_start)
         with torch.no_grad():
-            start = starting_point(problem, params, hparams, self.warm_start)
-            inner = solve_inner(problem, solver, start, hparams, batches)
             x = inner.params.detach()
             gradient = problem.objective(batches.curvature).gradient(x, hparams)
         outer, by_params, direct = outer_gradients(problem, x, hparams, batches)
