@@ -24,6 +24,9 @@ from bilevel.jsonable import encode
 
 Row = dict[str, Any]
 PAUSE = 0.1  # seconds between two timings: lets the idle threads of one library stop spinning before the next one runs
+AWAKE = (
+    0.2  # seconds of untimed calls after it: a processor of a virtual machine that has slept takes some 10 ms to wake
+)
 
 
 @dataclass(frozen=True)
@@ -85,15 +88,24 @@ def parse(description: str, argv: Sequence[str] | None = None, *, device: bool =
 
 
 def interleaved(
-    functions: Mapping[str, Callable[[], Any]], rounds: int, *, device: str = "cpu", pause: float = PAUSE
+    functions: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    *,
+    device: str = "cpu",
+    pause: float = PAUSE,
+    awake: float = AWAKE,
 ) -> dict[str, float]:
-    """Median seconds of each function; every round runs all of them once, so that drift of the machine hits all alike.
+    """Median seconds of each function; every round runs all of them, so that drift of the machine hits all alike.
+
+    In a round each function is called until `awake` seconds have passed, and its last call counts: the only one, where it
+    takes longer.
 
     Args:
         functions: what to time, by name; each is called once beforehand (compilation, caches).
         rounds: timed calls of each.
         device: synchronised before each reading of the clock when it is a CUDA device.
-        pause: seconds of rest before each timed call.
+        pause: seconds of rest before each function's turn.
+        awake: seconds that each turn takes at least.
     """
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     for function in functions.values():
@@ -103,10 +115,13 @@ def interleaved(
         for name, function in functions.items():
             time.sleep(pause)
             wait()
-            start = time.perf_counter()
-            function()
-            wait()
-            seconds[name].append(time.perf_counter() - start)
+            begin = end = time.perf_counter()
+            while end == begin or end < begin + awake:
+                start = end
+                function()
+                wait()
+                end = time.perf_counter()
+            seconds[name].append(end - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

@@ -85,7 +85,7 @@ def prepare() -> tuple[Setup, TrainState]:
     """The experiment's parts, fresh."""
     problem = DigitsMLP().to(dtype=torch.float64)
     optimizer = partial(torch.optim.Adam, lr=0.3)
-    return set_up(problem, SOLVER, Implicit(linear_solver=LINEAR), optimizer, None)
+    return set_up(problem, SOLVER, Implicit(linear_solver=LINEAR, error_estimate=None), optimizer, None)
 
 
 def measure(num_steps: int) -> list[Row]:

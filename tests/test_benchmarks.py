@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def test_quick_names_its_machine(quick):
     assert content["machine"]["cores"] >= 1 and content["machine"]["device"]
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", sorted(file.stem for file in RESULTS.glob("*.json")))
 def test_the_committed_results_keep_the_contract(name):
     content = json.loads((RESULTS / f"{name}.json").read_text())
     assert content["claims"] and content["rows"] and content["machine"]["torch"]
@@ -114,7 +115,7 @@ def test_the_json_file_is_strict(tmp_path):
 
 def test_every_function_is_timed_in_every_round():
     calls = []
-    seconds = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, pause=0.0)
+    seconds = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, pause=0.0, awake=0.0)
     assert calls == ["a", "b"] * 4 and seconds.keys() == {"a", "b"}
     assert all(value >= 0 for value in seconds.values())
 
@@ -131,3 +132,14 @@ def test_the_options_that_all_have():
     assert parse("a", ["--json", "x/y.json"]).json == Path("x/y.json")
     with pytest.raises(SystemExit):
         parse("a", ["--device", "cpu"], device=False)
+
+
+def test_a_turn_lasts_until_the_processor_is_awake_and_its_last_call_counts():
+    starts = []
+
+    def call():
+        starts.append(time.perf_counter())
+        time.sleep(0.05 if len(starts) < 4 else 0.01)
+
+    seconds = interleaved({"a": call}, 1, pause=0.0, awake=0.12)  # the first call is a warm-up, the next three are timed
+    assert len(starts) >= 4 and starts[-1] - starts[1] >= 0.08 and seconds["a"] < 0.05
