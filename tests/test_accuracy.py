@@ -11,9 +11,11 @@ from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem, StepBatches
 from bilevel.hypergradient import AdaptiveAccuracy, FixedAccuracy, Implicit, Unrolled, differentiate, start_method
 from bilevel.hypergradient.accuracy import INNER, LINEAR
-from bilevel.linalg import AutoSolver, ConjugateGradient, DenseCholesky
-from bilevel.preconditioner import Jacobi, Nystrom
-from bilevel.solvers import LBFGS, GradientDescent
+from bilevel.linalg import ConjugateGradient, DenseCholesky
+from bilevel.linearisation import linearise
+from bilevel.preconditioner import AutoPreconditioner, Jacobi, Nystrom
+from bilevel.preconditioner.reuse import note, prepare
+from bilevel.solvers import LBFGS, AndersonAcceleration, GradientDescent
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +55,7 @@ class Logistic(Problem):
         return float(hparams["penalty"].min())
 
 
-AUTO = Implicit(linear_solver=AutoSolver(), accuracy=AdaptiveAccuracy(), warm_start_linear=True)
+AUTO = Implicit.auto()
 SOLVER = LBFGS(max_steps=3000)
 
 
@@ -90,7 +92,7 @@ def test_a_few_steps_at_one_place_reach_the_accuracy_that_was_asked_for(goal, se
 
 
 def test_tolerances_follow_their_parts_of_the_estimate():
-    accuracy = AdaptiveAccuracy(relative_error=0.2, max_change=8.0)
+    accuracy = AdaptiveAccuracy(relative_error=0.2, first_linear=0.01, tighten_by=8.0, loosen_by=4.0)
     (result,) = steps(Logistic(), AUTO, 1)
     gradient = {"penalty": torch.tensor([3.0, 4.0])}  # norm 5: each part is to be 0.5
     receipt = replace(result.receipt, stationarity=1e-4, error_inner=1.0, error_linear=0.125)
@@ -98,9 +100,30 @@ def test_tolerances_follow_their_parts_of_the_estimate():
     assert float(state[INNER]) == pytest.approx(0.5e-4) and float(state[LINEAR]) == pytest.approx(0.04)
     far = replace(receipt, error_inner=1e9, error_linear=1e-9)
     state = accuracy.update(state, replace(result, gradient=gradient, receipt=far))
-    assert float(state[INNER]) == pytest.approx(0.5e-4 / 8) and float(state[LINEAR]) == pytest.approx(0.32)
+    assert float(state[INNER]) == pytest.approx(0.5e-4 / 8) and float(state[LINEAR]) == pytest.approx(
+        0.04
+    )  # not linear's
+    looser = replace(receipt, error_inner=1e-9, error_linear=0.5 / 1.5)
+    state = accuracy.update(state, replace(result, gradient=gradient, receipt=looser))
+    assert float(state[INNER]) == pytest.approx(0.5e-4 / 8) and float(state[LINEAR]) == pytest.approx(
+        0.06
+    )  # no looser again
     unknown = replace(receipt, error_inner=math.nan, error_linear=math.nan)
     assert accuracy.update(state, replace(result, receipt=unknown)) == state
+
+
+def test_negative_curvature_tightens_the_inner_solve_for_good_but_not_beyond_sense():
+    accuracy = AdaptiveAccuracy(first_linear=0.01)
+    (result,) = steps(Logistic(), AUTO, 1)
+    seen = replace(result.receipt, stationarity=1e-4, curvature_min=-1e-3, error_inner=0.0, error_linear=1e9)
+    state, inner = accuracy.init(result.params), []
+    for _ in range(9):
+        state = accuracy.update(state, replace(result, receipt=replace(seen, stationarity=min(1e-4, *inner, 1.0))))
+        inner.append(float(state[INNER]))
+    assert inner[:3] == pytest.approx([1e-5, 1e-6, 1e-7]) and inner[-2:] == pytest.approx([1e-10, 1e-10])
+    assert float(state[LINEAR]) == 0.01
+    calm = replace(result.receipt, error_inner=0.0)
+    assert float(accuracy.update(state, replace(result, receipt=calm))[INNER]) == inner[-1]
 
 
 def test_the_first_solves_are_relative_and_the_next_ones_absolute():
@@ -130,7 +153,9 @@ def test_any_method_can_have_an_accuracy():
 
 
 @pytest.mark.parametrize(
-    "options", [{"relative_error": 0.0}, {"first_inner": 1.0}, {"first_linear": -1.0}, {"max_change": 1.0}], ids=str
+    "options",
+    [{"relative_error": 0.0}, {"first_inner": 1.0}, {"first_linear": -1.0}, {"tighten_by": 1.0}, {"loosen_by": 0.5}],
+    ids=str,
 )
 def test_numbers_that_make_no_sense_are_refused(options):
     with pytest.raises(UsageError, match=f"AdaptiveAccuracy needs {next(iter(options))}"):
@@ -178,3 +203,50 @@ def test_a_preconditioned_hypergradient_is_the_same_number(preconditioner):
     method = Implicit(linear_solver=ConjugateGradient(rtol=1e-10, max_steps=5000), preconditioner=preconditioner)
     (result,) = steps(problem, method, 1, LBFGS(atol=1e-11, max_steps=9999))
     torch.testing.assert_close(result.gradient["penalty"], exact(problem), rtol=1e-6, atol=1e-10)
+
+
+class Counting(Nystrom):
+    built = 0
+
+    def build(self, at, inner):
+        type(self).built += 1
+        return super().build(at, inner)
+
+
+@pytest.mark.parametrize(
+    ("features", "products", "built"),
+    [(300, 60, 1), (300, 49, 0), (20, 60, 0)],
+    ids=["after a long solve", "not after a short one", "not for a matrix that is factorised"],
+)
+def test_the_automatic_preconditioner_is_built_once_it_pays(features, products, built):
+    Counting.built = 0
+    problem = Logistic(features)
+    hparams = problem.init_hparams()
+    flat = FlatProblem.of(problem, hparams)
+    at = linearise(flat, SOLVER, flat.start(hparams), hparams)
+    auto, state = AutoPreconditioner(Counting(rank=5)), {}
+    for _ in range(3):
+        prepared = prepare(auto, at, None, state, 10)
+        state = note(prepared.state, products if not Counting.built else 1)  # cheap from then on, and kept
+    assert Counting.built == built and (prepared.operator is not None) is bool(built)
+
+
+def test_the_automatic_preconditioner_leaves_unsymmetric_systems_alone():
+    class Rotated(Logistic):
+        def optimality(self, params, hparams, batch):
+            return {"w": params["w"] + 0.1 * params["w"].roll(1) - hparams["penalty"]}
+
+        inner_loss = Problem.inner_loss
+
+    problem = Rotated()
+    hparams = problem.init_hparams()
+    flat = FlatProblem.of(problem, hparams)
+    at = linearise(flat, AndersonAcceleration(), flat.start(hparams), hparams)
+    assert not AutoPreconditioner().pays(at, 10_000)
+    (result,) = steps(problem, AUTO, 1, AndersonAcceleration(atol=1e-8))
+    assert result.receipt.linear_method == "GMRES"
+
+
+def test_patience_below_one_is_refused():
+    with pytest.raises(UsageError, match="AutoPreconditioner needs patience >= 1, but got 0"):
+        AutoPreconditioner(patience=0)

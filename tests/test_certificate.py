@@ -3,6 +3,7 @@
 import json
 import re
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -555,14 +556,18 @@ def test_errors_fall_as_products_are_spent():
 
 
 def run(tmp_path, capsys, *words):
-    status = main(["check", f"output_dir={tmp_path}", "experiment=digits", *words])
+    status = main(["check", f"output_dir={tmp_path}", *words])
     out = capsys.readouterr().out
     path = out.strip().splitlines()[-1].removeprefix("certificate: ")
     return status, out, json.loads(open(path).read()), path
 
 
-def test_the_command_certifies_an_experiment(tmp_path, capsys):
-    status, out, content, path = run(tmp_path, capsys)
+EXPERIMENTS = sorted(file.stem for file in (Path(__file__).parent.parent / "conf" / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_shipped_experiment_is_sound(name, tmp_path, capsys):
+    status, out, content, path = run(tmp_path, capsys, f"experiment={name}")
     assert status == 0 and content["verdict"] == "sound" and "sound: every check passed" in out
     assert all(row["passed"] for row in content["checks"]) and content["error against products"]["cg"]
     picture = path.replace(".json", ".png")
@@ -570,7 +575,7 @@ def test_the_command_certifies_an_experiment(tmp_path, capsys):
 
 
 def test_the_command_fails_on_a_finding_and_passes_it_when_declared(tmp_path, capsys):
-    short = ["solver.max_steps=1"]
+    short = ["experiment=digits", "solver.max_steps=1"]
     status, out, content, _ = run(tmp_path, capsys, *short)
     assert status == 1 and content["verdict"] == "fault" and content["undeclared"] == ["unconverged_inner_solve"]
     assert "what to do: allow more inner steps" in out

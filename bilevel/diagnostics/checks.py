@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from bilevel.diagnostics.finding import Flaw, Row
 from bilevel.diagnostics.resolved import directional_derivatives
 from bilevel.diagnostics.subject import DENSE_LIMIT, Subject, solve
 from bilevel.errors import NumericalError
-from bilevel.hypergradient import Implicit, differentiate, find_paths, start_method
+from bilevel.hypergradient import FixedAccuracy, Implicit, differentiate, find_paths, start_method
 from bilevel.linalg import Tag, as_matrix, lanczos
 from bilevel.linearisation import Linearisation
 from bilevel.problem import Problem
@@ -231,14 +231,16 @@ def finite_differences(subject: Subject, limits: Limits) -> Row:
 
 
 def method(subject: Subject, limits: Limits) -> Row:
-    """The configured method as the outer loop would run it, against the theorem at the same point."""
+    """The configured method as the outer loop would run it, against the theorem at the same point.
+
+    At the solvers' own tolerances: by how much an outer step may fall short of them is what the receipt of that step says.
+    """
     name = type(subject.method).__name__
     start = subject.flat.start(subject.hparams).detach()
-    state = start_method(subject.method, subject.flat, subject.solver, start, subject.hparams)
+    judged = replace(subject.method, accuracy=FixedAccuracy())
+    state = start_method(judged, subject.flat, subject.solver, start, subject.hparams)
     try:
-        result = differentiate(
-            subject.method, subject.flat, subject.solver, start, subject.hparams, subject.batches, state
-        )
+        result = differentiate(judged, subject.flat, subject.solver, start, subject.hparams, subject.batches, state)
     except NumericalError as refusal:
         return Row(f"the method, {name}", f"stopped by its policy: {refusal}")
     gradient, implicit = subject.layout.ravel(result.gradient), isinstance(subject.method, Implicit)

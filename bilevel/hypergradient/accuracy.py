@@ -60,38 +60,51 @@ class FixedAccuracy(Accuracy):
 class AdaptiveAccuracy(Accuracy):
     r"""As accurate as a step needs: both tolerances follow the error estimate, and tighten as the hypergradient vanishes.
 
-    A step along a hypergradient `g` with error `e` lowers the outer loss as long as `‖e‖ < ‖g‖`, so each of the two parts
-    of the estimate is steered to half of `relative_error ‖g‖`: after a step whose part was `k` times that, the tolerance of
-    the next one is divided by `k` (by `max_change` at most, up or down). The first step has `first_inner` and
-    `first_linear`, relative to what it starts from. Where there is no estimate the tolerances stay as they are.
+    A step along a hypergradient `g` with error `e` lowers the outer loss as long as `‖e‖ < ‖g‖`. Each of the two parts of
+    the estimate of `‖e‖` is steered to half of `relative_error ‖g‖`: after a step whose part was `k` times that, the
+    tolerance of the next one is divided by `k`, by `tighten_by` at most, or multiplied by `1/k`, by `loosen_by` at most.
+    Where there is no estimate the tolerances stay as they are.
+
+    Far from a minimum the theory fails before an estimate shows how far: a non-convex inner problem that is solved too
+    loosely has an indefinite or nearly singular Hessian, and its linear systems cost most and are worth least. Therefore
+    the inner tolerance never gets looser than the first solve ended, and where a step has met negative curvature, or an
+    inner part of the estimate that says nothing (`MEANINGLESS` times `‖g‖`), it becomes `tighten_by` times tighter for good;
+    the linear part then says nothing either.
 
     Args:
-        relative_error: of the hypergradient, that is aimed at.
+        relative_error: the estimate that is aimed at, over the norm of the hypergradient. The estimate is 3 to 5 times the
+            error (`python -m benchmarks.error_estimate`), so 1 asks for an error of a quarter of the hypergradient.
         first_inner: stationarity of the first inner solve, relative to that of its starting point.
         first_linear: relative residual of the first linear solve.
-        max_change: largest factor by which a tolerance changes from one step to the next.
+        tighten_by: largest factor by which a tolerance gets tighter from one step to the next.
+        loosen_by: largest factor by which it gets looser; small, as too loose a step costs more than too tight a one.
 
     References: Pedregosa (2016), "Hyperparameter optimization with approximate gradient"; Ehrhardt and Roberts (2021),
     "Inexact derivative-free optimization for bilevel learning"; Salehi et al. (2024), "An adaptively inexact first-order
     method for bilevel optimization with application to hyperparameter learning".
     """
 
-    relative_error: float = 0.1
-    first_inner: float = 1e-3
-    first_linear: float = 1e-2
-    max_change: float = 10.0
+    relative_error: float = 1.0
+    first_inner: float = 1e-4
+    first_linear: float = 0.1
+    tighten_by: float = 10.0
+    loosen_by: float = 1.5
 
     def __post_init__(self) -> None:
         """Validate the numbers."""
-        for name in ("relative_error", "first_inner", "first_linear"):
+        if not 0 < self.relative_error < math.inf:
+            raise UsageError(f"AdaptiveAccuracy needs relative_error > 0, but got {self.relative_error}.")
+        for name in ("first_inner", "first_linear"):
             if not 0 < getattr(self, name) < 1:
                 raise UsageError(f"AdaptiveAccuracy needs {name} between 0 and 1, but got {getattr(self, name)}.")
-        if not self.max_change > 1:
-            raise UsageError(f"AdaptiveAccuracy needs max_change > 1, but got {self.max_change}.")
+        for name in ("tighten_by", "loosen_by"):
+            if not 1 < getattr(self, name) < math.inf:
+                raise UsageError(f"AdaptiveAccuracy needs {name} > 1, but got {getattr(self, name)}.")
 
     def init(self, params: Tensor) -> State:
         """No absolute tolerance is known before the first inner solve."""
-        return {INNER: _number(math.nan), LINEAR: _number(self.first_linear)}
+        unknown = _number(math.nan)
+        return {INNER: unknown, LOOSEST: unknown, TIGHTEST: unknown, LINEAR: _number(self.first_linear)}
 
     def tighten(self, solver: InnerSolver, state: State) -> InnerSolver:
         """The solver with this step's tolerance in the place of its own."""
@@ -107,23 +120,36 @@ class AdaptiveAccuracy(Accuracy):
     def update(self, state: State, result: Hypergradient) -> State:
         """Scale both tolerances by what their parts of the error should be over what they are."""
         receipt = result.receipt
+        inner, loosest, tightest, linear = (float(state[name]) for name in (INNER, LOOSEST, TIGHTEST, LINEAR))
+        if math.isnan(inner) and receipt.stationarity > 0:
+            inner = loosest = receipt.stationarity
+            tightest = MIN_INNER * inner
         norm = float(torch.cat([part.flatten() for part in result.gradient.values()]).norm())
-        target = 0.5 * self.relative_error * norm
-        inner, linear = float(state[INNER]), float(state[LINEAR])
-        if receipt.stationarity > 0:
-            inner = (receipt.stationarity if math.isnan(inner) else inner) * self._factor(target, receipt.error_inner)
-        linear = linear * self._factor(target, receipt.error_linear)
-        return {INNER: _number(inner), LINEAR: _number(min(max(linear, MIN_RTOL), MAX_RTOL))}
+        if receipt.curvature_min < 0 or receipt.error_inner > MEANINGLESS * norm:
+            inner = loosest = max(min(inner, receipt.stationarity) / self.tighten_by, tightest)
+        else:
+            target = 0.5 * self.relative_error * norm
+            inner = max(min(inner * self._factor(target, receipt.error_inner), loosest), tightest)
+            linear = min(max(linear * self._factor(target, receipt.error_linear), MIN_RTOL), MAX_RTOL)
+        return {
+            INNER: _number(inner),
+            LOOSEST: _number(loosest),
+            TIGHTEST: _number(tightest),
+            LINEAR: _number(linear),
+        }
 
     def _factor(self, target: float, part: float) -> float:
         """What a tolerance is multiplied by; 1 where there is no estimate."""
         if not math.isfinite(part) or not math.isfinite(target) or target == 0:
             return 1.0
-        return min(max(target / part, 1 / self.max_change), self.max_change) if part > 0 else self.max_change
+        return min(max(target / part, 1 / self.tighten_by), self.loosen_by) if part > 0 else self.loosen_by
 
 
 INNER, LINEAR = "accuracy.inner_atol", "accuracy.linear_rtol"
-MIN_RTOL, MAX_RTOL = 1e-12, 0.5
+LOOSEST, TIGHTEST = "accuracy.inner_loosest", "accuracy.inner_tightest"
+MEANINGLESS = 10.0  # inner part of the error over the norm of the hypergradient
+MIN_INNER = 1e-6  # stationarity over that of the first solve: nothing that is met at a better one is the inner solve's
+MIN_RTOL, MAX_RTOL = 1e-12, 0.1  # below one digit, a residual says little about a solution
 
 
 def _number(value: float) -> Tensor:

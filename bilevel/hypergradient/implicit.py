@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem, StepBatches
+from bilevel.hypergradient.accuracy import AdaptiveAccuracy
 from bilevel.hypergradient.error_estimate import NOTHING, ErrorEstimate, ErrorEstimator, Solved
 from bilevel.hypergradient.method import (
     Hypergradient,
@@ -23,10 +24,10 @@ from bilevel.hypergradient.method import (
 )
 from bilevel.hypergradient.negative_curvature import NegativeCurvature, SwitchToMINRES, System, met
 from bilevel.hypergradient.unconverged import OuterStep, Unconverged, Warn
-from bilevel.linalg import ConjugateGradient, LinearSolver, Tag
+from bilevel.linalg import AutoSolver, ConjugateGradient, LinearSolver, Tag
 from bilevel.linalg.recycling import WatchedOperator
 from bilevel.linearisation import Linearisation, linearise, linearise_compiled
-from bilevel.preconditioner import NoPreconditioner, Preconditioner
+from bilevel.preconditioner import AutoPreconditioner, NoPreconditioner, Preconditioner
 from bilevel.preconditioner.reuse import note, prepare
 from bilevel.receipt import Receipt
 from bilevel.result import Result, Solution
@@ -73,6 +74,28 @@ class Implicit(HypergradientMethod):
         """Validate the number."""
         if self.refresh_every < 1:
             raise UsageError(f"Implicit needs refresh_every >= 1, but got {self.refresh_every}.")
+
+    @classmethod
+    def auto(cls, **fields: Any) -> Implicit:
+        """The method with nothing to tune, what `hypergradient=implicit_auto` is in a configuration.
+
+        The linear solver and the preconditioner choose, tolerances follow the error estimate, and linear solves start
+        from the adjoint of the step before.
+
+        Args:
+            **fields: other values of the class's arguments.
+
+        Example:
+            >>> type(Implicit.auto(compile=True).linear_solver).__name__
+            'AutoSolver'
+        """
+        chosen: dict[str, Any] = {
+            "linear_solver": AutoSolver(),
+            "preconditioner": AutoPreconditioner(),
+            "accuracy": AdaptiveAccuracy(),
+            "warm_start_linear": True,
+        }
+        return cls(**{**chosen, **fields})
 
     def check(self, solver: InnerSolver) -> None:
         """Refuse an inner solver that cannot serve the policy for unconverged solves."""

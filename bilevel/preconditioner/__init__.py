@@ -1,5 +1,6 @@
 """Preconditioners for the linear system with the inner Hessian, reusable across outer steps."""
 
+from bilevel.preconditioner.auto import AutoPreconditioner
 from bilevel.preconditioner.base import Preconditioner, Prepared
 from bilevel.preconditioner.jacobi import AdamSecondMoment, Jacobi
 from bilevel.preconditioner.kfac import EKFAC, KFAC
@@ -11,6 +12,7 @@ __all__ = [
     "EKFAC",
     "KFAC",
     "AdamSecondMoment",
+    "AutoPreconditioner",
     "Jacobi",
     "LBFGSPairs",
     "NoPreconditioner",

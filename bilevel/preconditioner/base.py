@@ -37,6 +37,15 @@ class Preconditioner(ABC):
     it still serves.
     """
 
+    def pays(self, at: Linearisation, num_mv: int) -> bool:
+        """Whether to build one, where there is none yet; always, unless a subclass knows better.
+
+        Args:
+            at: the inner problem at its solution.
+            num_mv: products that the linear solve of the outer step before took; 0 where there was none.
+        """
+        return True
+
     @abstractmethod
     def build(self, at: Linearisation, inner: InnerSolution | None) -> Prepared:
         """Make one for the operator of `at`.

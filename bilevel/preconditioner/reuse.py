@@ -21,7 +21,7 @@ COUNTS = (
 def prepare(
     preconditioner: Preconditioner, at: Linearisation, inner: InnerSolution | None, state: State, refresh_every: int
 ) -> Prepared:
-    """The preconditioner of an earlier step, or a new one where that is too old.
+    """The preconditioner of an earlier step, or a new one where that is too old; none as long as none pays.
 
     It is too old after `refresh_every` steps, or once the latest solve took more products than the first one and the
     building together: a new one would have been cheaper.
@@ -35,7 +35,9 @@ def prepare(
     """
     counts = {name: int(state[name]) for name in COUNTS if name in state}
     tensors = {name: value for name, value in state.items() if name not in COUNTS}
-    if counts and counts["age"] < refresh_every and counts["latest"] <= counts["first"] + counts["setup"]:
+    if not tensors and not preconditioner.pays(at, counts.get("latest", 0)):
+        return Prepared(None, {"age": _count(0), "setup": _count(0)})
+    if tensors and counts["age"] < refresh_every and counts["latest"] <= counts["first"] + counts["setup"]:
         return Prepared(preconditioner.restore(at, tensors), state)
     built = preconditioner.build(at, inner)
     return replace(built, state={**built.state, "age": _count(0), "setup": _count(built.num_mv)})

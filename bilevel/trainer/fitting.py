@@ -57,7 +57,7 @@ def fit(
     Args:
         problem: what to tune.
         solver: the inner solver; L-BFGS by default, or gradient descent for problems with minibatches.
-        hypergradient: the method; implicit with conjugate gradient by default.
+        hypergradient: the method; `Implicit.auto()` by default.
         optimizer: makes the outer optimiser; Adam with learning rate 0.1 on the raw (for positive ones: logarithmic)
             hyperparameters by default.
         scheduler: makes a learning-rate scheduler from it.
@@ -92,7 +92,7 @@ def fit(
     started = time.perf_counter()
     rng.seed_everything(seed)
     solver = solver or default_solver(problem)
-    method = hypergradient if hypergradient is not None else Implicit()
+    method = hypergradient if hypergradient is not None else Implicit.auto()
     if optimizer is None:
         optimizer = functools.partial(torch.optim.Adam, lr=0.1)
     if trainer is None:
