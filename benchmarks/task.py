@@ -55,10 +55,17 @@ class WeightDecay(Problem):
         """Random weights."""
         return self.start
 
-    def inner_loss(self, params: Mapping[str, Tensor], hparams: Mapping[str, Tensor], batch: Any) -> Tensor:
-        """Training loss."""
-        loss = functional.cross_entropy(predict(params, self.train_inputs), self.train_labels)
-        return loss + penalty(params, hparams)
+    def outputs(self, params: Mapping[str, Tensor], hparams: Mapping[str, Tensor], batch: Any) -> Tensor:
+        """Scores of the training examples."""
+        return predict(params, self.train_inputs)
+
+    def output_loss(self, outputs: Tensor, hparams: Mapping[str, Tensor], batch: Any) -> Tensor:
+        """Cross-entropy of each."""
+        return functional.cross_entropy(outputs, self.train_labels, reduction="none")
+
+    def penalty(self, params: Mapping[str, Tensor], hparams: Mapping[str, Tensor]) -> Tensor:
+        """Weight decay."""
+        return penalty(params, hparams)
 
     def outer_loss(self, params: Mapping[str, Tensor], hparams: Mapping[str, Tensor], batch: Any) -> Tensor:
         """Validation loss."""

@@ -1,0 +1,241 @@
+"""Products and seconds until a hypergradient is right to 1e-3, on an ill-conditioned network.
+
+    python -m benchmarks.time_to_accuracy       (ten minutes; peers take part when installed: pip install 'bilevel[peers]')
+
+The digits on a 64-64-64-10 network with one weight decay for each of its 8,970 parameters, all exp(-9), in float64; the
+inner problem is solved by L-BFGS with a long history, whose curvature pairs one of the preconditioners uses. The truth is a
+dense Cholesky solve. Two figures for each way: the fewest products of a solve whose hypergradient is right to 1e-3, which
+somebody who knows the truth would stop at, and the products to a residual of 1e-8, the tolerance that is safe without
+knowing it. Set-up products are counted in both. The peers are given, as number of steps, what plain conjugate gradient
+needs for 1e-3, and are judged with the error that they end with.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import Claim, Row, finish, interleaved, parse, table
+from benchmarks.hypergradient import difference
+from benchmarks.peers import PEERS, Hypergradient, versions
+from benchmarks.task import Task, WeightDecay, draw_weights
+from bilevel.data import load_digits
+from bilevel.flat import FlatProblem, StepBatches
+from bilevel.hypergradient.method import outer_gradients
+from bilevel.linalg import ConjugateGradient, DenseCholesky
+from bilevel.linearisation import Linearisation, linearise, linearise_compiled
+from bilevel.preconditioner import EKFAC, KFAC, LBFGSPairs, NoPreconditioner, Nystrom, Preconditioner, Prepared
+from bilevel.solvers import LBFGS, InnerSolution, run
+from bilevel.tree import TensorDict
+
+ACCURACY = 1e-3
+SAFE = 1e-8
+WIDTHS = (64, 64, 64, 10)
+PLAIN, NYSTROM = "conjugate gradient", "Nystrom"
+WAYS: dict[str, Preconditioner] = {
+    PLAIN: NoPreconditioner(),
+    NYSTROM: Nystrom(rank=100),
+    "K-FAC": KFAC(),
+    "EKFAC": EKFAC(),
+    "L-BFGS pairs": LBFGSPairs(),
+    "L-BFGS pairs on Nystrom": LBFGSPairs(Nystrom(rank=50)),
+    "L-BFGS pairs on K-FAC": LBFGSPairs(KFAC()),
+}
+
+
+class Digits(WeightDecay):
+    """The task's problem on scikit-learn's digits."""
+
+    def __init__(self, widths: tuple[int, ...], decay: float, seed: int) -> None:
+        """Split the data, and draw the starting weights."""
+        train, validation, _ = load_digits(0)
+        self.train_inputs, self.train_labels = train.x, train.y
+        self.val_inputs, self.val_labels = validation.x, validation.y
+        self.decay, self.start = decay, draw_weights(widths, torch.Generator().manual_seed(seed))
+
+    def init_hparams(self) -> TensorDict:
+        """The same decay everywhere."""
+        return {name: torch.full_like(value, self.decay) for name, value in self.start.items()}
+
+
+@dataclass
+class Case:
+    """The solved problem with its exact hypergradient.
+
+    Attributes:
+        task: what peers are given.
+        inner: the inner solve, for the preconditioner that is made of it.
+        at: the inner problem at its solution, eager.
+        compiled: the same with compiled products.
+        truth: the exact hypergradient.
+    """
+
+    task: Task
+    inner: InnerSolution
+    flat: FlatProblem = field(init=False)
+    at: Linearisation = field(init=False)
+    truth: TensorDict = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Linearise, and solve densely."""
+        self.flat = FlatProblem.of(self.task.problem, self.task.decay)
+        self.at = linearise(self.flat, LBFGS(), self.inner.params, self.task.decay)
+        solver = DenseCholesky(max_size=len(self.inner.params))
+        state = solver.init(self.at.operator)
+        solution = solver.compute(state, self.by_params())
+        assert solution.successful, "the inner solution is no minimum: another seed, or a tighter inner tolerance"
+        self.truth = {name: -part for name, part in self.at.mixed(solution.value).items()}
+
+    @classmethod
+    def make(cls, widths: tuple[int, ...], decay: float, history: int, seed: int) -> Case:
+        """Draw and train."""
+        problem = Digits(widths, decay, seed)
+        problem.to(dtype=torch.float64)
+        hparams = problem.to(dtype=torch.float64).init_hparams()
+        flat = FlatProblem.of(problem, hparams)
+        with torch.no_grad():
+            solver = LBFGS(max_steps=20_000, atol=1e-8, history=history)
+            inner = run(solver, flat.objective(None), flat.start(hparams), hparams)
+        assert inner.result.successful, f"the inner problem is not solved: {inner.result}"
+        params = {name: value.clone() for name, value in flat.unravel(inner.params).items()}
+        return cls(Task(problem, params, hparams), inner)
+
+    def by_params(self) -> Tensor:
+        """The right-hand side."""
+        _, by_params, _ = outer_gradients(
+            self.flat, self.inner.params, self.task.decay, StepBatches(self.task.problem, 0)
+        )
+        return by_params
+
+    def hypergradient(self, way: Preconditioner, rtol: float | None, max_steps: int, compiled: bool = False) -> Answer:
+        """All that a hypergradient takes after the inner solve: outer gradient, linearisation, set-up, solve, mixed product."""
+        by_params = self.by_params()
+        make = linearise_compiled if compiled else linearise
+        at = make(self.flat, LBFGS(), self.inner.params, self.task.decay)
+        prepared = way.build(self.at if compiled else at, self.inner)
+        solver = ConjugateGradient(rtol=rtol, max_steps=max_steps)
+        solution = solver.compute(solver.init(at.operator), by_params, preconditioner=prepared.operator)
+        gradient = {name: -part for name, part in at.mixed(solution.value).items()}
+        return Answer(gradient, prepared, int(solution.num_mv))
+
+    def error(self, gradient: TensorDict) -> float:
+        """Relative to the truth."""
+        return difference(self.truth, gradient)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A hypergradient and what it took."""
+
+    gradient: TensorDict
+    prepared: Prepared
+    num_mv: int
+
+
+def fewest(case: Case, way: Preconditioner) -> tuple[int, float]:
+    """The fewest steps whose hypergradient is right to `ACCURACY`, by doubling and halving, and its error."""
+
+    def error(steps: int) -> float:
+        return case.error(case.hypergradient(way, None, steps).gradient)
+
+    high = 16
+    while error(high) > ACCURACY:
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if error(middle) <= ACCURACY else (middle, high)
+    return high, error(high)
+
+
+def count(case: Case) -> list[Row]:
+    """Products of every way."""
+    rows: list[Row] = []
+    for name, way in WAYS.items():
+        steps, error = fewest(case, way)
+        safe = case.hypergradient(way, SAFE, 20_000)
+        setup = safe.prepared.num_mv
+        rows.append({"way": name, "set-up": setup, "products to 1e-3": setup + steps, "error": error,
+                     "products to residual 1e-8": setup + safe.num_mv})  # fmt: skip
+        print(f"{name}: {setup} + {steps}", file=sys.stderr)
+    plain = rows[0]
+    for row in rows[1:]:
+        row["share of plain"] = row["products to 1e-3"] / plain["products to 1e-3"]
+        row["share of plain, safe"] = row["products to 1e-3"] / plain["products to residual 1e-8"]
+    return rows
+
+
+def peers(case: Case, steps: int) -> tuple[dict[str, Hypergradient], list[Row]]:
+    """Those that reach the accuracy, and rows for the others."""
+    found: dict[str, Hypergradient] = {}
+    missing: list[Row] = []
+    for name, build in PEERS.items():
+        try:
+            function = build(case.task, steps)
+            error = case.error(function())
+        except ImportError as reason:
+            missing.append({"library": name, "note": f"not installed ({reason.name or reason})"})
+            continue
+        if error > 1.1 * ACCURACY:
+            missing.append({"library": name, "steps": steps, "error": error, "note": "does not reach 1e-3"})
+        else:
+            found[name] = function
+    return found, missing
+
+
+def race(case: Case, rows: list[Row], rounds: int) -> list[Row]:
+    """Wall time of the whole hypergradient, ours by the way with the fewest products and by plain conjugate gradient."""
+    steps = {row["way"]: row["products to 1e-3"] - row["set-up"] for row in rows}
+    best = min((row for row in rows if row["way"] != PLAIN), key=lambda row: row["products to 1e-3"])["way"]
+    functions: dict[str, Any] = {}
+    for way in dict.fromkeys((best, "K-FAC", PLAIN)):
+        for kind, compiled in (("", False), (", compiled", True)):
+            functions[f"bilevel, {way}{kind}"] = partial(case.hypergradient, WAYS[way], None, steps[way], compiled)
+    others, missing = peers(case, steps[PLAIN])
+    seconds = interleaved({**functions, **others}, rounds)
+    found = []
+    for name, spent in seconds.items():
+        mine = name in functions
+        gradient = functions[name]().gradient if mine else others[name]()
+        found.append({"library": name, "steps": steps[name.split(", ")[1]] if mine else steps[PLAIN],
+                      "ms": 1e3 * spent, "error": case.error(gradient)})  # fmt: skip
+    return found + missing
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Count, race, judge."""
+    options = parse(str(__doc__).splitlines()[0], argv, device=False)
+    if options.quick:
+        case = Case.make((64, 8, 10), math.exp(-5), 50, seed=0)
+    else:
+        case = Case.make(WIDTHS, math.exp(-9), 1000, seed=0)
+    rows = count(case)
+    print(table(rows))
+    times = race(case, rows, 1 if options.quick else 5)
+    print()
+    print(table(times))
+    by_way = {row["way"]: row for row in rows}
+    ours = [row["ms"] for row in times if row["library"].startswith("bilevel")]
+    theirs = [row["ms"] for row in times if row["library"] in PEERS and "ms" in row]
+    kfac = min(row["share of plain"] for row in rows if "K-FAC" in row["way"])
+    nystrom = min(row["share of plain"] for row in rows if NYSTROM in row["way"])
+    claims = [
+        Claim("products with Nystrom over plain conjugate gradient's", nystrom, 1 / 3),
+        Claim("products with K-FAC over plain conjugate gradient's", kfac, 1 / 5),
+        Claim("plain conjugate gradient's products to the safe residual over those with Nystrom",
+              1 / by_way[NYSTROM]["share of plain, safe"], 3.0, at_least=True),
+        Claim("the fastest peer's time over ours at the same error", min(theirs) / min(ours) if theirs else None, 3.0,
+              at_least=True),
+    ]  # fmt: skip
+    facts = {"inner steps": case.inner.num_steps, "stationarity": float(case.inner.stationarity), "peers": versions()}
+    return finish(options, [*rows, *times], claims, facts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
