@@ -35,6 +35,12 @@ bench: $(STAMP) ## the benchmarks; peers take part when the extra `peers` is ins
 	$(PYTHON) -m benchmarks.operators
 	$(PYTHON) -m benchmarks.hypergradient
 	$(PYTHON) -m benchmarks.memory
+	$(PYTHON) -m benchmarks.compiled
+	$(PYTHON) -m benchmarks.overhead
+	$(PYTHON) -m benchmarks.error_estimate
+	$(PYTHON) -m benchmarks.planner
+	$(PYTHON) -m benchmarks.time_to_accuracy
+	$(PYTHON) -m benchmarks.tuning
 
 clean: ## remove the environment and what runs have left
 	rm -rf $(VENV) outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -141,5 +141,7 @@ def test_a_turn_lasts_until_the_processor_is_awake_and_its_last_call_counts():
         starts.append(time.perf_counter())
         time.sleep(0.05 if len(starts) < 4 else 0.01)
 
-    seconds = interleaved({"a": call}, 1, pause=0.0, awake=0.12)  # the first call is a warm-up, the next three are timed
+    seconds = interleaved(
+        {"a": call}, 1, pause=0.0, awake=0.12
+    )  # the first call is a warm-up, the next three are timed
     assert len(starts) >= 4 and starts[-1] - starts[1] >= 0.08 and seconds["a"] < 0.05
