@@ -102,7 +102,7 @@ class Case:
         hparams = problem.to(dtype=torch.float64).init_hparams()
         flat = FlatProblem.of(problem, hparams)
         with torch.no_grad():
-            solver = LBFGS(max_steps=20_000, atol=1e-10, history=history)
+            solver = LBFGS(max_steps=20_000, atol=1e-8, history=history)
             inner = run(solver, flat.objective(None), flat.start(hparams), hparams)
         assert inner.result.successful, f"the inner problem is not solved: {inner.result}"
         params = {name: value.clone() for name, value in flat.unravel(inner.params).items()}
@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.quick:
         case = Case.make((64, 8, 10), math.exp(-5), 50, seed=0)
     else:
-        case = Case.make(WIDTHS, math.exp(-9), 1000, seed=0)
+        case = Case.make(WIDTHS, math.exp(-9), 300, seed=0)
     rows = count(case)
     print(table(rows))
     times = race(case, rows, 1 if options.quick else 5)
