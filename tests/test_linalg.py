@@ -620,6 +620,42 @@ def test_non_finite_numbers_are_named_and_spare_the_other_systems(solver, bad, w
 
 
 @every_iterative
+@pytest.mark.parametrize("factor", [5.0, -0.01, 100.0])
+def test_a_start_of_the_right_direction_and_the_wrong_length_costs_one_product(solver, factor):
+    operator, vector = small(), normal(30)
+    exact = torch.linalg.solve(operator.matrix, vector)
+    solution = solver.compute(solver.init(operator), vector, x0=factor * exact)
+    assert int(solution.num_mv) <= 1 and solution.worst is Result.converged
+    torch.testing.assert_close(solution.value, exact, rtol=1e-12, atol=1e-12)
+
+
+@every_iterative
+def test_of_all_multiples_of_a_start_the_best_is_taken(solver):
+    matrices = torch.stack([with_spectrum(torch.linspace(1, kappa, 30), 4) for kappa in (4.0, 15.0)])
+    system, x0, vector = System(MatrixOperator(matrices, POSITIVE_DEFINITE)), normal(2, 30, seed=1), normal(2, 30)
+    image = system.mv(x0)
+    factor = 1.0 + solver.stretch(system, x0, image, vector - image)
+
+    def size(multiple):
+        residual = vector - multiple.unsqueeze(-1) * image
+        if isinstance(solver, ConjugateGradient):  # its measure of the error
+            return torch.linalg.vecdot(residual, torch.linalg.solve(matrices, residual))
+        return residual.norm(dim=-1)
+
+    for other in (0.0 * factor, 0.9 * factor, 1.1 * factor, torch.ones(2)):
+        assert bool((size(factor) < size(other)).all())
+
+
+def test_conjugate_gradient_leaves_a_start_of_negative_curvature():
+    operator = MatrixOperator(torch.diag(torch.tensor([1.0, 2.0, -1.0])), SYMMETRIC)
+    vector, bad = torch.tensor([1.0, 2.0, 0.0]), torch.tensor([0.0, 0.0, 1e3])
+    solver = ConjugateGradient(rtol=1e-10)
+    solution = solver.compute(solver.init(operator), vector, x0=bad)
+    assert solution.worst is Result.converged
+    torch.testing.assert_close(solution.value, torch.tensor([1.0, 1.0, 0.0]))
+
+
+@every_iterative
 def test_a_non_finite_starting_point_is_dropped(solver):
     x0 = torch.full((30,), torch.nan)
     solution = solver.compute(solver.init(small()), normal(30), x0=x0)

@@ -50,6 +50,11 @@ class ConjugateGradient(IterativeSolver):
     instead: ClassVar[str] = "use GMRES, BiCGStab or LSMR, or tag it if it is symmetric."
     residual_may_wait: ClassVar[bool] = True  # it minimises the A-norm of the error; the residual may rise for long
 
+    def stretch(self, system: System, x0: Tensor, image: Tensor, residual: Tensor) -> Tensor:
+        """To the least A-norm of the error, as every step; to zero where the curvature along it is not positive."""
+        curvature = system.inner(x0, image)
+        return torch.where(curvature > 0, divide(system.inner(x0, residual), curvature), -1.0)
+
     def start(self, system: System, residual: Tensor) -> _Memory:
         """First direction: the preconditioned residual."""
         direction = system.precondition(residual)

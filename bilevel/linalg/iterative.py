@@ -14,7 +14,7 @@ from bilevel.linalg.composite import SharedOperator
 from bilevel.linalg.loop import Loop
 from bilevel.linalg.operator import LinearOperator
 from bilevel.linalg.solver import LinearSolver, check_vector
-from bilevel.linalg.system import Progress, System, select
+from bilevel.linalg.system import Progress, System, divide, select
 from bilevel.result import Solution
 
 
@@ -64,6 +64,14 @@ class IterativeSolver(LinearSolver):
     @abstractmethod
     def correction(self, system: System, memory: Any) -> Tensor:
         """The iterate `d` that the memory stands at, `(*batch, n)`."""
+
+    def stretch(self, system: System, x0: Tensor, image: Tensor, residual: Tensor) -> Tensor:
+        """By how many times itself to lengthen a starting point, `(*batch,)`; so that its residual is least.
+
+        The solution of another system often has the right direction and the wrong length. A start is never worse than
+        zero then. The residual's own multiple leaves a good start as it is, where the right-hand side's would cancel.
+        """
+        return divide(system.inner(image, residual), system.inner(image, image))
 
     def replace_residual(self, memory: Any, residual: Tensor) -> Any:
         """Put the true residual in the place of the recursive one, keeping the directions; for methods that can."""

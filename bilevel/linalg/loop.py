@@ -46,7 +46,7 @@ class Loop:
         solver: the method and its tolerances.
         system: what it works on.
         vector: the right-hand sides `(*batch, m)`.
-        x0: where to start, `(*batch, n)`.
+        x0: where to start, `(*batch, n)`; its best multiple is taken.
         rtol: the relative tolerance of this call; None makes `max_steps` a budget.
     """
 
@@ -77,8 +77,11 @@ class Loop:
         residual = self.vector
         if x0 is not None and bool(self.running.any()):
             self.base = torch.where(columns(self.running), x0 / columns(safe), 0.0)
-            residual = self.vector - system.mv(self.base)
+            image = system.mv(self.base)
             self._charge(self.running)
+            longer = columns(solver.stretch(system, self.base, image, self.vector - image))
+            self.base = self.base + longer * self.base
+            residual = self.vector - image - longer * image
             stale = ~system.norm(residual).isfinite()
             self.base = torch.where(columns(stale), 0.0, self.base)
             residual = torch.where(columns(stale), self.vector, residual)
