@@ -13,7 +13,7 @@ from bilevel.hypergradient import AdaptiveAccuracy, FixedAccuracy, Implicit, Unr
 from bilevel.hypergradient.accuracy import INNER, LINEAR
 from bilevel.linalg import ConjugateGradient, DenseCholesky
 from bilevel.linearisation import linearise
-from bilevel.preconditioner import AutoPreconditioner, Jacobi, Nystrom
+from bilevel.preconditioner import AutoPreconditioner, Jacobi, NoPreconditioner, Nystrom
 from bilevel.preconditioner.reuse import note, prepare
 from bilevel.solvers import LBFGS, AndersonAcceleration, GradientDescent
 
@@ -44,9 +44,14 @@ class Logistic(Problem):
     def init_params(self, hparams):
         return {"w": torch.zeros(self.x.shape[1])}
 
-    def inner_loss(self, params, hparams, batch):
-        loss = torch.nn.functional.softplus(-self.y * (self.x @ params["w"])).mean()
-        return loss + (hparams["penalty"] * params["w"].square()).sum() / 2
+    def outputs(self, params, hparams, batch):
+        return self.x @ params["w"]
+
+    def output_loss(self, outputs, hparams, batch):
+        return torch.nn.functional.softplus(-self.y * outputs)
+
+    def penalty(self, params, hparams):
+        return (hparams["penalty"] * params["w"].square()).sum() / 2
 
     def outer_loss(self, params, hparams, batch):
         return torch.nn.functional.softplus(-self.y_val * (self.x_val @ params["w"])).mean()
@@ -108,6 +113,11 @@ def test_tolerances_follow_their_parts_of_the_estimate():
     assert float(state[INNER]) == pytest.approx(0.5e-4 / 8) and float(state[LINEAR]) == pytest.approx(
         0.06
     )  # no looser again
+    assert result.receipt.error_certified is True
+    guess = replace(receipt, error_inner=0.0, error_linear=2.0, error_certified=False)
+    assert float(accuracy.update(state, replace(result, gradient=gradient, receipt=guess))[LINEAR]) == pytest.approx(
+        0.06 * 0.5 * 5 / 2  # five times as much is allowed
+    )
     unknown = replace(receipt, error_inner=math.nan, error_linear=math.nan)
     assert accuracy.update(state, replace(result, receipt=unknown)) == state
 
@@ -174,27 +184,52 @@ def test_the_receipt_of_an_automatic_solve_names_the_solvers_and_all_products():
 # --- reuse of preconditioners -----------------------------------------------------------------------------------------
 
 
-def test_a_preconditioner_is_built_once_and_used_again():
-    method = Implicit(linear_solver=ConjugateGradient(rtol=1e-8), preconditioner=Nystrom(rank=40), refresh_every=3)
-    setups = [result.receipt.setup_mv for result in steps(Logistic(), method, 7)]
-    assert setups == [40, 0, 0, 40, 0, 0, 40]
+def prepared_after(preconditioner, at, products):
+    """What is prepared after solves that took so many products, and the products that it took."""
+    state = {}
+    for count in products:
+        state = note(prepare(preconditioner, at, None, state).state, count)
+    return prepare(preconditioner, at, None, state)
 
 
-def test_a_preconditioner_that_no_longer_serves_is_built_anew():
-    problem, method = (
-        Logistic(),
-        Implicit(linear_solver=ConjugateGradient(rtol=1e-8), preconditioner=Jacobi(num_probes=5)),
-    )
+def linearised(problem):
     hparams = problem.init_hparams()
     flat = FlatProblem.of(problem, hparams)
-    params = flat.start(hparams)
-    first = differentiate(method, flat, SOLVER, params, hparams, StepBatches(problem, 0), {})
-    assert first.receipt.setup_mv == 5
-    state = {**first.state, "preconditioner.latest": first.state["preconditioner.first"] + 6}  # dearer than a new one
-    again = differentiate(method, flat, SOLVER, first.params, hparams, StepBatches(problem, 1), state)
-    assert again.receipt.setup_mv == 5
-    kept = differentiate(method, flat, SOLVER, first.params, hparams, StepBatches(problem, 1), first.state)
-    assert kept.receipt.setup_mv == 0
+    return linearise(flat, SOLVER, flat.start(hparams), hparams)
+
+
+@pytest.mark.parametrize(
+    ("products", "built"),
+    [
+        ([], True),
+        ([7, 7, 7, 7], False),
+        ([7, 3, 3, 3, 7], False),
+        ([7, 10, 8], False),
+        ([7, 10, 9], True),
+        ([7, 12], True),
+        ([7, 12, 7, 11], False),
+        ([7, 12, 7, 11, 8], True),
+    ],
+    ids=str,
+)
+def test_a_preconditioner_is_built_anew_once_what_that_would_have_saved_comes_to_its_price(products, built):
+    prepared = prepared_after(Jacobi(num_probes=5), linearised(Logistic()), products)
+    assert prepared.num_mv == (5 if built else 0) and prepared.operator is not None
+
+
+def test_what_costs_nothing_is_kept_until_a_solve_takes_longer():
+    class Free(Jacobi):
+        def build(self, at, inner):
+            return replace(super().build(at, inner), num_mv=0, state={"diagonal": at.params, "error": at.params})
+
+    at = linearised(Logistic())
+    assert "first" in prepared_after(Free(), at, [7, 7]).state
+    assert "first" not in prepared_after(Free(), at, [7, 8]).state  # new
+
+
+def test_the_receipts_tell_when_a_preconditioner_was_built():
+    method = Implicit(linear_solver=ConjugateGradient(rtol=1e-8), preconditioner=Nystrom(rank=40))
+    assert [result.receipt.setup_mv for result in steps(Logistic(), method, 5)] == [40, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("preconditioner", [Nystrom(rank=60), Jacobi()], ids=lambda p: type(p).__name__)
@@ -205,30 +240,29 @@ def test_a_preconditioned_hypergradient_is_the_same_number(preconditioner):
     torch.testing.assert_close(result.gradient["penalty"], exact(problem), rtol=1e-6, atol=1e-10)
 
 
-class Counting(Nystrom):
-    built = 0
-
-    def build(self, at, inner):
-        type(self).built += 1
-        return super().build(at, inner)
-
-
 @pytest.mark.parametrize(
     ("features", "products", "built"),
-    [(300, 60, 1), (300, 49, 0), (20, 60, 0)],
-    ids=["after a long solve", "not after a short one", "not for a matrix that is factorised"],
+    [(300, [60], 1), (300, [30, 20], 1), (300, [30, 19], 0), (20, [60], 0)],
+    ids=["after a long solve", "after two", "not yet", "not for a matrix that is factorised"],
 )
 def test_the_automatic_preconditioner_is_built_once_it_pays(features, products, built):
-    Counting.built = 0
-    problem = Logistic(features)
-    hparams = problem.init_hparams()
-    flat = FlatProblem.of(problem, hparams)
-    at = linearise(flat, SOLVER, flat.start(hparams), hparams)
-    auto, state = AutoPreconditioner(Counting(rank=5)), {}
-    for _ in range(3):
-        prepared = prepare(auto, at, None, state, 10)
-        state = note(prepared.state, products if not Counting.built else 1)  # cheap from then on, and kept
-    assert Counting.built == built and (prepared.operator is not None) is bool(built)
+    prepared = prepared_after(AutoPreconditioner(Nystrom(rank=5)), linearised(Logistic(features)), products)
+    assert prepared.num_mv == 5 * built and (prepared.operator is not None) is bool(built)
+
+
+def test_until_then_it_is_the_penalty_where_that_has_more_than_one_value():
+    problem, auto = Logistic(), AutoPreconditioner()
+    assert prepared_after(auto, linearised(problem), []).operator is None  # one value
+    penalty = torch.logspace(-4, 0, 300)
+    problem.init_hparams = lambda: {"penalty": penalty}
+    prepared = prepared_after(auto, linearised(problem), [])
+    assert prepared.num_mv == 0
+    torch.testing.assert_close(prepared.operator.mv(torch.ones(300)), 1.0 / penalty)
+    plain, scaled = (
+        steps(problem, Implicit(linear_solver=ConjugateGradient(rtol=1e-6), preconditioner=chosen), 1)[0].receipt.num_mv
+        for chosen in (NoPreconditioner(), AutoPreconditioner(patience=10**6))
+    )
+    assert scaled < 0.5 * plain
 
 
 def test_the_automatic_preconditioner_leaves_unsymmetric_systems_alone():

@@ -50,8 +50,7 @@ class Implicit(HypergradientMethod):
         accuracy: sets the tolerances of each outer step.
         linear_solver: for the system with the inner Hessian (or the Jacobian of `optimality`).
         warm_start_linear: start each linear solve from the previous adjoint.
-        preconditioner: approximates the inverse of the inner Hessian.
-        refresh_every: outer steps after which the preconditioner is built anew; earlier where that would have paid.
+        preconditioner: approximates the inverse of the inner Hessian; built anew when that pays.
         error_estimate: estimates the error of the number from both residuals; None leaves that out.
         unconverged: what to do where the inner solve ends short of its tolerance.
         negative_curvature: what to do where the inner Hessian is seen not to be positive definite.
@@ -64,16 +63,10 @@ class Implicit(HypergradientMethod):
     linear_solver: LinearSolver = field(default_factory=ConjugateGradient)
     warm_start_linear: bool = False
     preconditioner: Preconditioner = field(default_factory=NoPreconditioner)
-    refresh_every: int = 10
     error_estimate: ErrorEstimator | None = field(default_factory=ErrorEstimator)
     unconverged: Unconverged = field(default_factory=Warn)
     negative_curvature: NegativeCurvature = field(default_factory=SwitchToMINRES)
     compile: bool = False
-
-    def __post_init__(self) -> None:
-        """Validate the number."""
-        if self.refresh_every < 1:
-            raise UsageError(f"Implicit needs refresh_every >= 1, but got {self.refresh_every}.")
 
     @classmethod
     def auto(cls, **fields: Any) -> Implicit:
@@ -149,7 +142,7 @@ class Implicit(HypergradientMethod):
     def _solve(self, at: Linearisation, vector: Tensor, inner: InnerSolution, state: MethodState) -> _Solved:
         """The adjoint `[∂F/∂x]^{-T} vector`: preconditioned, from the previous one, under the policies."""
         old = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
-        prepared = prepare(self.preconditioner, at, inner, old, self.refresh_every)
+        prepared = prepare(self.preconditioner, at, inner, old)
         watched = None
         if self.error_estimate is not None and Tag.symmetric in at.operator.tags:
             watched = self.error_estimate.watch(at.operator)

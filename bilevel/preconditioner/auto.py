@@ -5,22 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from bilevel.errors import UsageError
-from bilevel.linalg import AutoSolver, LinearOperator, Tag
+from bilevel.linalg import POSITIVE_DEFINITE, AutoSolver, DiagonalOperator, LinearOperator, Tag
 from bilevel.linearisation import Linearisation
 from bilevel.preconditioner.base import Preconditioner, Prepared, State
 from bilevel.preconditioner.nystrom import Nystrom
+from bilevel.preconditioner.penalty import penalty_scale
 from bilevel.solvers import InnerSolution
 
 
 @dataclass(frozen=True)
 class AutoPreconditioner(Preconditioner):
-    """None, until a linear solve has taken so many products that building one is cheap beside it.
+    """The penalty's diagonal, until linear solves have taken as many products as building a better one may cost.
 
     Where `linear_solver=auto` forms the matrix, or the operator is not symmetric, there is none for good.
 
     Args:
         base: what is built then.
-        patience: products of a solve from which on it is built; the smallest sketch of the default takes 25.
+        patience: products of the linear solves so far from which on it is built; a sketch of the default takes 25 or more.
     """
 
     base: Preconditioner = field(default_factory=Nystrom)
@@ -32,9 +33,19 @@ class AutoPreconditioner(Preconditioner):
             raise UsageError(f"AutoPreconditioner needs patience >= 1, but got {self.patience}.")
 
     def pays(self, at: Linearisation, num_mv: int) -> bool:
-        """For a symmetric operator that is too large to be factorised, after a solve that took long."""
-        large = at.operator.shape[0] > AutoSolver().dense_size
-        return large and Tag.symmetric in at.operator.tags and num_mv >= self.patience
+        """For a symmetric operator that is too large to be factorised, after solves that took as long."""
+        return self._serves(at) and num_mv >= self.patience
+
+    def meanwhile(self, at: Linearisation) -> LinearOperator | None:
+        """The inverse of the penalty's Hessian, where that has more than one value."""
+        scale = penalty_scale(at) if self._serves(at) else None
+        if scale is None or bool((scale == scale[..., :1]).all()):
+            return None
+        return DiagonalOperator(1.0 / scale, POSITIVE_DEFINITE)
+
+    def _serves(self, at: Linearisation) -> bool:
+        """For symmetric operators that are too large to be factorised."""
+        return at.operator.shape[0] > AutoSolver().dense_size and Tag.symmetric in at.operator.tags
 
     def build(self, at: Linearisation, inner: InnerSolution | None) -> Prepared:
         """That of the base."""

@@ -42,9 +42,13 @@ class Preconditioner(ABC):
 
         Args:
             at: the inner problem at its solution.
-            num_mv: products that the linear solve of the outer step before took; 0 where there was none.
+            num_mv: products that the linear solves of the outer steps so far took; 0 where there was none.
         """
         return True
+
+    def meanwhile(self, at: Linearisation) -> LinearOperator | None:
+        """What serves as long as none pays, and costs no product; nothing, unless a subclass knows better."""
+        return None
 
     @abstractmethod
     def build(self, at: Linearisation, inner: InnerSolution | None) -> Prepared:

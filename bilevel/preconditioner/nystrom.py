@@ -14,7 +14,7 @@ from bilevel.linalg.lowrank import principal
 from bilevel.linalg.nystrom import nystrom, sketch
 from bilevel.linearisation import Linearisation
 from bilevel.preconditioner.base import Preconditioner, Prepared, State
-from bilevel.preconditioner.penalty import penalty_diagonal
+from bilevel.preconditioner.penalty import penalty_scale
 from bilevel.solvers import InnerSolution
 
 BLOCK = 25  # products between looks at the spectrum, while the rank is sought
@@ -122,14 +122,9 @@ class _Scaled(LinearOperator):
 
 
 def _scale(at: Linearisation) -> _Scale:
-    """The penalty; entries without one get the geometric mean of the others; ones where there is none at all."""
-    penalty = penalty_diagonal(at)
-    if penalty is None or not bool((penalty > 0).any(-1).all()):
-        return _Scale(torch.ones_like(at.params).detach(), 0.0)
-    positive = penalty > 0
-    logs = torch.where(positive, torch.where(positive, penalty, 1.0).log(), 0.0)
-    mean = (logs.sum(-1, keepdim=True) / positive.sum(-1, keepdim=True)).exp()
-    return _Scale(torch.where(positive, penalty, mean), 1.0)
+    """The penalty; ones where there is none at all."""
+    scale = penalty_scale(at)
+    return _Scale(torch.ones_like(at.params).detach(), 0.0) if scale is None else _Scale(scale, 1.0)
 
 
 def _assemble(like: LinearOperator, scale: _Scale, state: State) -> LinearOperator:

@@ -38,6 +38,17 @@ def penalty_diagonal(at: Linearisation) -> Tensor | None:
         return first.clamp(min=0.0)
 
 
+def penalty_scale(at: Linearisation) -> Tensor | None:
+    """`penalty_diagonal`, with the geometric mean of the others where an entry has no penalty; None where none has one."""
+    penalty = penalty_diagonal(at)
+    if penalty is None or not bool((penalty > 0).any(-1).all()):
+        return None
+    positive = penalty > 0
+    logs = torch.where(positive, torch.where(positive, penalty, 1.0).log(), 0.0)
+    mean = (logs.sum(-1, keepdim=True) / positive.sum(-1, keepdim=True)).exp()
+    return torch.where(positive, penalty, mean)
+
+
 def signs(shape: tuple[int, ...], source: torch.Generator, like: Tensor) -> Tensor:
     """Random signs, the same on every device."""
     drawn = torch.randint(0, 2, shape, generator=source, dtype=torch.int8)
