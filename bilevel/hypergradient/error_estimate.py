@@ -152,7 +152,7 @@ class ErrorEstimator:
         (True, True)
     """
 
-    fraction: float = 0.2
+    fraction: float = 0.1
     memory: int = 200
     trust: float = 3.0
     doubt: float = 1.5
