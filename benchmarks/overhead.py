@@ -84,7 +84,7 @@ class Bare:
 def prepare() -> tuple[Setup, TrainState]:
     """The experiment's parts, fresh."""
     problem = DigitsMLP().to(dtype=torch.float64)
-    optimizer = partial(torch.optim.Adam, lr=0.3)
+    optimizer = partial(torch.optim.Adam, lr=0.1)
     return set_up(problem, SOLVER, Implicit(linear_solver=LINEAR, error_estimate=None), optimizer, None)
 
 

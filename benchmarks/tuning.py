@@ -38,7 +38,7 @@ from bilevel.solvers import LBFGS
 AUTO, CG, NEUMANN = "implicit_auto", "conjugate gradient", "Neumann series"
 STEPS = {CG: (10, 20, 50, 100, 200), NEUMANN: (50, 200, 1000)}
 ALPHAS = {CG: (0.0, 1e-4, 1e-3, 1e-2), NEUMANN: (1.0, 0.3)}
-SEEDS = (0, 1, 2)
+SEEDS = (10, 11, 12, 13, 14)  # of the starting weights; none of them was looked at while the method was made
 SHARE = 0.5  # of the products of the best setting
 
 
@@ -105,9 +105,9 @@ def outer_run(task: tuple[Setting, int, int]) -> Row:
     problem = DigitsMLP(seed=seed).to(dtype=torch.float64)
     run = fit(
         problem,
-        solver=LBFGS(max_steps=4000, atol=1e-6),
+        solver=LBFGS(max_steps=4000, atol=3e-7),
         hypergradient=setting.hypergradient(),
-        optimizer=partial(torch.optim.Adam, lr=0.3),
+        optimizer=partial(torch.optim.Adam, lr=0.1),
         trainer=Trainer(num_steps=num_outer),
     )
     losses = [record["outer_loss"] for record in run.history]

@@ -65,6 +65,9 @@ class AdaptiveAccuracy(Accuracy):
     tolerance of the next one is divided by `k`, by `tighten_by` at most, or multiplied by `1/k`, by `loosen_by` at most.
     Where there is no estimate the tolerances stay as they are.
 
+    An estimate that is not certified is no measure of the error: short solves make it several times too large, long ones of
+    an ill-conditioned system too small. `uncertified` times as much of it is allowed, so that products are not spent on it.
+
     Far from a minimum the theory fails before an estimate shows how far: a non-convex inner problem that is solved too
     loosely has an indefinite or nearly singular Hessian, and its linear systems cost most and are worth least. Therefore
     the inner tolerance never gets looser than the first solve ended, and where a step has met negative curvature, or an
@@ -74,6 +77,7 @@ class AdaptiveAccuracy(Accuracy):
     Args:
         relative_error: the estimate that is aimed at, over the norm of the hypergradient. The estimate is 3 to 5 times the
             error (`python -m benchmarks.error_estimate`), so 1 asks for an error of a quarter of the hypergradient.
+        uncertified: factor of `relative_error` where the estimate is not certified.
         first_inner: stationarity of the first inner solve, relative to that of its starting point.
         first_linear: relative residual of the first linear solve.
         tighten_by: largest factor by which a tolerance gets tighter from one step to the next.
@@ -85,6 +89,7 @@ class AdaptiveAccuracy(Accuracy):
     """
 
     relative_error: float = 1.0
+    uncertified: float = 5.0
     first_inner: float = 1e-4
     first_linear: float = 0.1
     tighten_by: float = 10.0
@@ -94,6 +99,8 @@ class AdaptiveAccuracy(Accuracy):
         """Validate the numbers."""
         if not 0 < self.relative_error < math.inf:
             raise UsageError(f"AdaptiveAccuracy needs relative_error > 0, but got {self.relative_error}.")
+        if not 1 <= self.uncertified < math.inf:
+            raise UsageError(f"AdaptiveAccuracy needs uncertified >= 1, but got {self.uncertified}.")
         for name in ("first_inner", "first_linear"):
             if not 0 < getattr(self, name) < 1:
                 raise UsageError(f"AdaptiveAccuracy needs {name} between 0 and 1, but got {getattr(self, name)}.")
@@ -128,7 +135,7 @@ class AdaptiveAccuracy(Accuracy):
         if receipt.curvature_min < 0 or receipt.error_inner > MEANINGLESS * norm:
             inner = loosest = max(min(inner, receipt.stationarity) / self.tighten_by, tightest)
         else:
-            target = 0.5 * self.relative_error * norm
+            target = 0.5 * self.relative_error * norm * (1.0 if receipt.error_certified else self.uncertified)
             inner = max(min(inner * self._factor(target, receipt.error_inner), loosest), tightest)
             linear = min(max(linear * self._factor(target, receipt.error_linear), MIN_RTOL), MAX_RTOL)
         return {

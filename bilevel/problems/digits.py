@@ -124,7 +124,7 @@ class DigitsMLP(_Digits):
     def __init__(
         self,
         hidden: tuple[int, ...] | list[int] = (32,),
-        start: float = 3e-3,
+        start: float = 1e-3,
         penalty: str | Groups = "per_weight",
         batch_size: int | None = None,
         split_seed: int = 0,
