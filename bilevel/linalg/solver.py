@@ -50,7 +50,7 @@ class LinearSolver(ABC):
         Args:
             state: what `init` returned.
             vector: the right-hand side `b`; extra leading dimensions are more right-hand sides for the same operator.
-            x0: where to start, for iterative solvers.
+            x0: where to start, for iterative solvers, which take its best multiple.
             rtol: overrides the solver's own relative tolerance.
             preconditioner: an operator that approximates the inverse (symmetric positive definite for CG and MINRES).
         """
@@ -89,7 +89,7 @@ def linear_solve(
         operator: `A`, shape `(m, n)` with its batch.
         vector: `b`, shape `(*batch, m)`, or with extra leading dimensions for several right-hand sides.
         solver: how.
-        x0: where to start (iterative solvers).
+        x0: where to start (iterative solvers, which take its best multiple).
         rtol: overrides the solver's relative tolerance.
         preconditioner: approximates the inverse of `A`.
         throw: raise when a system failed; otherwise the `Solution` says so.
