@@ -11,6 +11,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encod
 
 
 def test_the_own_problem_runs_and_improves(capsys):
+    torch.set_default_dtype(torch.float32)  # as in a fresh process: its data are drawn in the default dtype
     names = {"__name__": "readme"}
     exec(compile(BLOCKS[0], "README.md", "exec"), names)
     before, after = re.search(r"^([\d.e-]+) -> ([\d.e-]+)$", capsys.readouterr().out, re.MULTILINE).groups()
