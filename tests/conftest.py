@@ -8,7 +8,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _default_dtype():
-    """The default dtype that a test found, after it: commands set that of their process."""
-    found = torch.get_default_dtype()
+    """Every test starts in the default dtype of a fresh process: commands and fixtures of a module set that of theirs."""
+    torch.set_default_dtype(torch.float32)
     yield
-    torch.set_default_dtype(found)
+    torch.set_default_dtype(torch.float32)

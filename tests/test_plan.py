@@ -30,12 +30,6 @@ CPU = torch.device("cpu")
 SHORT = Trainer(num_steps=3)
 
 
-@pytest.fixture(autouse=True)
-def _default_dtype():
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 

@@ -4,14 +4,11 @@ import re
 import sys
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 
 
 def test_the_own_problem_runs_and_improves(capsys):
-    torch.set_default_dtype(torch.float32)  # as in a fresh process: its data are drawn in the default dtype
     names = {"__name__": "readme"}
     exec(compile(BLOCKS[0], "README.md", "exec"), names)
     before, after = re.search(r"^([\d.e-]+) -> ([\d.e-]+)$", capsys.readouterr().out, re.MULTILINE).groups()
