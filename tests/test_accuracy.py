@@ -102,21 +102,22 @@ def test_tolerances_follow_their_parts_of_the_estimate():
     gradient = {"penalty": torch.tensor([3.0, 4.0])}  # norm 5: each part is to be 0.5
     receipt = replace(result.receipt, stationarity=1e-4, error_inner=1.0, error_linear=0.125)
     state = accuracy.update(accuracy.init(result.params), replace(result, gradient=gradient, receipt=receipt))
-    assert float(state[INNER]) == pytest.approx(0.5e-4) and float(state[LINEAR]) == pytest.approx(0.04)
+    inner, linear = 1e-4 * math.sqrt(0.5 / 1.0), 0.01 * math.sqrt(0.5 / 0.125)
+    assert float(state[INNER]) == pytest.approx(inner) and float(state[LINEAR]) == pytest.approx(linear)
     far = replace(receipt, error_inner=1e9, error_linear=1e-9)
     state = accuracy.update(state, replace(result, gradient=gradient, receipt=far))
-    assert float(state[INNER]) == pytest.approx(0.5e-4 / 8) and float(state[LINEAR]) == pytest.approx(
-        0.04
-    )  # not linear's
+    inner /= 8
+    assert float(state[INNER]) == pytest.approx(inner) and float(state[LINEAR]) == pytest.approx(linear)  # not linear's
     looser = replace(receipt, error_inner=1e-9, error_linear=0.5 / 1.5)
     state = accuracy.update(state, replace(result, gradient=gradient, receipt=looser))
-    assert float(state[INNER]) == pytest.approx(0.5e-4 / 8) and float(state[LINEAR]) == pytest.approx(
-        0.06
+    linear *= math.sqrt(1.5)
+    assert float(state[INNER]) == pytest.approx(inner) and float(state[LINEAR]) == pytest.approx(
+        linear
     )  # no looser again
     assert result.receipt.error_certified is True
     guess = replace(receipt, error_inner=0.0, error_linear=2.0, error_certified=False)
     assert float(accuracy.update(state, replace(result, gradient=gradient, receipt=guess))[LINEAR]) == pytest.approx(
-        0.06 * 0.5 * 5 / 2  # five times as much is allowed
+        linear * math.sqrt(2 * 0.5 / 2.0)  # twice as much is allowed
     )
     unknown = replace(receipt, error_inner=math.nan, error_linear=math.nan)
     assert accuracy.update(state, replace(result, receipt=unknown)) == state

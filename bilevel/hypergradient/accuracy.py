@@ -62,7 +62,8 @@ class AdaptiveAccuracy(Accuracy):
 
     A step along a hypergradient `g` with error `e` lowers the outer loss as long as `‖e‖ < ‖g‖`. Each of the two parts of
     the estimate of `‖e‖` is steered to half of `relative_error ‖g‖`: after a step whose part was `k` times that, the
-    tolerance of the next one is divided by `k`, by `tighten_by` at most, or multiplied by `1/k`, by `loosen_by` at most.
+    tolerance of the next one is divided by `√k`, by `tighten_by` at most, or multiplied by `1/√k`, by `loosen_by` at most.
+    The estimate varies several times from one step to the next; half of the way, on a log scale, averages over steps.
     Where there is no estimate the tolerances stay as they are.
 
     An estimate that is not certified is no measure of the error: short solves make it several times too large, long ones of
@@ -81,7 +82,7 @@ class AdaptiveAccuracy(Accuracy):
         first_inner: stationarity of the first inner solve, relative to that of its starting point.
         first_linear: relative residual of the first linear solve.
         tighten_by: largest factor by which a tolerance gets tighter from one step to the next.
-        loosen_by: largest factor by which it gets looser; small, as too loose a step costs more than too tight a one.
+        loosen_by: largest factor by which it gets looser; smaller, as too loose a step costs more than too tight a one.
 
     References: Pedregosa (2016), "Hyperparameter optimization with approximate gradient"; Ehrhardt and Roberts (2021),
     "Inexact derivative-free optimization for bilevel learning"; Salehi et al. (2024), "An adaptively inexact first-order
@@ -89,11 +90,11 @@ class AdaptiveAccuracy(Accuracy):
     """
 
     relative_error: float = 1.0
-    uncertified: float = 5.0
+    uncertified: float = 2.0
     first_inner: float = 1e-4
     first_linear: float = 0.1
     tighten_by: float = 10.0
-    loosen_by: float = 1.5
+    loosen_by: float = 3.0
 
     def __post_init__(self) -> None:
         """Validate the numbers."""
@@ -149,11 +150,12 @@ class AdaptiveAccuracy(Accuracy):
         """What a tolerance is multiplied by; 1 where there is no estimate."""
         if not math.isfinite(part) or not math.isfinite(target) or target == 0:
             return 1.0
-        return min(max(target / part, 1 / self.tighten_by), self.loosen_by) if part > 0 else self.loosen_by
+        return min(max((target / part) ** GAIN, 1 / self.tighten_by), self.loosen_by) if part > 0 else self.loosen_by
 
 
 INNER, LINEAR = "accuracy.inner_atol", "accuracy.linear_rtol"
 LOOSEST, TIGHTEST = "accuracy.inner_loosest", "accuracy.inner_tightest"
+GAIN = 0.5  # of the way, on a log scale, that a tolerance goes in one step
 MEANINGLESS = 10.0  # inner part of the error over the norm of the hypergradient
 MIN_INNER = 1e-6  # stationarity over that of the first solve: nothing that is met at a better one is the inner solve's
 MIN_RTOL, MAX_RTOL = 1e-12, 0.1  # below one digit, a residual says little about a solution
