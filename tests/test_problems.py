@@ -16,7 +16,7 @@ from bilevel.cli.composer import composer, resolve
 from bilevel.cli.job import assemble
 from bilevel.data import load_digits
 from bilevel.errors import UsageError
-from bilevel.flat import FlatProblem
+from bilevel.flat import FlatProblem, natural_hparams
 from bilevel.hypergradient import Implicit
 from bilevel.linalg import MINRES
 from bilevel.problems import DigitsGrid, DigitsMLP, DigitsSoftmax
@@ -169,6 +169,17 @@ def test_the_mlp_improves_with_a_decay_for_each_weight():
     assert set(result.hparams) == {f"penalty.layer{index}.{name}" for index in (0, 1) for name in ("weight", "bias")}
     assert result.hparams["penalty.layer0.weight"].shape == (8, 64)
     assert result.summary["best"]["outer_loss"] < 0.9 * result.history[0]["outer_loss"]
+
+
+def test_the_penalty_of_the_mlp_is_on_the_way_from_the_start():
+    problem = DigitsMLP(hidden=(8,), penalty="per_weight", start=0.25, seed=3).to(dtype=torch.float64)
+    hparams, start = natural_hparams(problem), problem.init_params({})
+    assert float(problem.penalty(start, hparams)) == 0.0
+    moved = {name: value + 2.0 for name, value in start.items()}
+    count = sum(value.numel() for value in start.values())
+    assert float(problem.penalty(moved, hparams)) == pytest.approx(0.25 * 2.0**2 / 2 * count)
+    other = DigitsMLP(hidden=(8,), seed=4).init_params({})
+    assert not torch.equal(other["layer0.weight"], start["layer0.weight"])
 
 
 def test_splits_are_disjoint_stratified_and_seeded():
