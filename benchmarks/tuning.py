@@ -1,22 +1,24 @@
 """The experiment digits_mlp with nothing tuned beside its hand-tuned rivals, and a picture.
 
-    python -m benchmarks.tuning            (about half an hour on two cores: the tuning is what takes it)
+    python -m benchmarks.tuning            (about an hour on two cores: the tuning is what takes it)
 
 For the rivals the tuning is done here: conjugate gradient with a fixed number of steps K and a damping alpha added to the
 Hessian, and the Neumann series with K terms and step size alpha, both from zero in every outer step, as iMAML and the
-hyperparameter papers run them. Problem, inner solver, outer optimiser and the number of outer steps are the experiment's,
-with one difference in favour of the rivals: their inner problems are always solved to its tolerance. The inner problem is
-not convex, and small differences lead to other minima: every setting is judged by its mean over several starting weights.
+hyperparameter papers run them. Problem, inner solver, outer optimiser, scheduler and the number of outer steps are the
+experiment's, with one difference in favour of the rivals: their inner problems are always solved to its tolerance.
+
+Every run starts from random weights, and the figures of a setting are means over several. All settings are tried on a few
+starts, the best ones of each rival on some more, and the best one of those is judged on starts that nothing was chosen by.
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,19 +28,22 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Claim, Row, finish, parse, table
-from bilevel import Trainer, fit
+from bilevel import fit
+from bilevel.cli.composer import composer, resolve
+from bilevel.cli.job import assemble
 from bilevel.errors import ConvergenceWarning
 from bilevel.hypergradient import HypergradientMethod, Implicit
 from bilevel.hypergradient.negative_curvature import Handled, NegativeCurvature, System
 from bilevel.linalg import ConjugateGradient, LinearOperator, LinearSolver, NeumannSeries, damped
-from bilevel.problems import DigitsMLP
 from bilevel.result import Solution
-from bilevel.solvers import LBFGS
 
+EXPERIMENT = "digits_mlp"
 AUTO, CG, NEUMANN = "implicit_auto", "conjugate gradient", "Neumann series"
 STEPS = {CG: (10, 20, 50, 100, 200), NEUMANN: (50, 200, 1000)}
-ALPHAS = {CG: (0.0, 1e-4, 1e-3, 1e-2), NEUMANN: (1.0, 0.3)}
-SEEDS = (10, 11, 12, 13)  # of the starting weights; none of them was looked at while the method was made
+ALPHAS = {CG: (0.0, 1e-5, 1e-4, 1e-3), NEUMANN: (1.0, 0.3)}
+TRIED = range(10, 14)  # starts that every setting is tried on
+FINALS, FINALISTS = range(14, 22), 3  # further starts for the best few settings of each rival
+JUDGED = range(100, 116)  # starts that nothing was chosen by
 SHARE = 0.5  # of the products of the best setting
 
 
@@ -72,22 +77,22 @@ class Ignore(NegativeCurvature):
 
 @dataclass(frozen=True)
 class Setting:
-    """A method with its numbers.
+    """A rival with its numbers, or the experiment as it is.
 
     Attributes:
         method: `AUTO`, `CG` or `NEUMANN`.
-        num_steps: K.
-        alpha: damping, or step size.
+        num_steps: K; None for `AUTO`.
+        alpha: damping, or step size; None for `AUTO`.
     """
 
     method: str
     num_steps: int | None = None
     alpha: float | None = None
 
-    def hypergradient(self) -> HypergradientMethod:
-        """What the outer loop is given."""
+    def hypergradient(self, own: HypergradientMethod) -> HypergradientMethod:
+        """What the outer loop is given; `own` is the experiment's."""
         if self.num_steps is None or self.alpha is None:
-            return Implicit.auto()
+            return own
         solver: LinearSolver
         if self.method == CG:
             solver = Damping(ConjugateGradient(rtol=None, max_steps=self.num_steps), self.alpha)
@@ -95,72 +100,152 @@ class Setting:
             solver = NeumannSeries(rtol=None, max_steps=self.num_steps, step_size=self.alpha)
         return Implicit(linear_solver=solver, error_estimate=None, negative_curvature=Ignore())
 
+    def __str__(self) -> str:
+        return (
+            self.method if self.num_steps is None else f"{self.method} (K = {self.num_steps}, alpha = {self.alpha:g})"
+        )
 
-def outer_run(task: tuple[Setting, int, int]) -> Row:
+
+@dataclass(frozen=True)
+class Mean:
+    """A setting's figures over its starts.
+
+    Attributes:
+        setting: what was run.
+        runs: a row a start.
+    """
+
+    setting: Setting
+    runs: tuple[Row, ...]
+
+    def of(self, name: str) -> float:
+        """The mean of a figure."""
+        return statistics.fmean(run[name] for run in self.runs)
+
+    @property
+    def row(self) -> Row:
+        """A line of the table; `+-` is the standard error of the mean validation loss."""
+        losses = [run["validation loss"] for run in self.runs]
+        return {
+            "method": self.setting.method, "K": self.setting.num_steps, "alpha": self.setting.alpha,
+            "starts": len(losses), "validation loss": statistics.fmean(losses),
+            "+-": statistics.stdev(losses) / len(losses) ** 0.5 if len(losses) > 1 else None,
+            "test loss": self.of("test loss"), "products": self.of("products"),
+            "inner gradients": self.of("inner gradients"),
+        }  # fmt: skip
+
+
+def outer_run(task: tuple[Setting, int, tuple[str, ...]]) -> Row:
     """One run of the experiment, in a process of its own."""
-    setting, seed, num_outer = task
+    setting, seed, keys = task
     torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
     warnings.simplefilter("ignore", ConvergenceWarning)
-    problem = DigitsMLP(seed=seed).to(dtype=torch.float64)
+    with composer() as compose:
+        config = resolve(compose.compose([f"experiment={EXPERIMENT}", "tracking=none", f"seed={seed}", *keys]))
+    parts = assemble(config, torch.device("cpu"), getattr(torch, config["dtype"]))
     run = fit(
-        problem,
-        solver=LBFGS(max_steps=4000, atol=3e-7),
-        hypergradient=setting.hypergradient(),
-        optimizer=partial(torch.optim.Adam, lr=0.1),
-        trainer=Trainer(num_steps=num_outer),
+        parts.problem,
+        solver=parts.solver,
+        hypergradient=setting.hypergradient(parts.hypergradient),
+        optimizer=parts.optimizer,
+        scheduler=parts.scheduler,
+        trainer=parts.trainer,
     )
-    losses = [record["outer_loss"] for record in run.history]
-    products = [record["receipt.products"] for record in run.history]
     return {
         "method": setting.method, "K": setting.num_steps, "alpha": setting.alpha, "seed": seed,
-        "validation loss": run.summary["best"]["outer_loss"], "products": run.summary["work"]["products"],
-        "inner gradients": run.summary["work"]["inner_gradients"], "losses": losses, "products of steps": products,
+        "validation loss": run.summary["best"]["outer_loss"], "test loss": run.history[-1]["metrics.test_loss"],
+        "products": run.summary["work"]["products"], "inner gradients": run.summary["work"]["inner_gradients"],
+        "losses": [record["outer_loss"] for record in run.history],
+        "products of steps": [record["receipt.products"] for record in run.history],
     }  # fmt: skip
 
 
-def mean(rows: Sequence[Row]) -> list[Row]:
-    """One row a setting, figures averaged over the seeds; best first within a method."""
-    settings = list(dict.fromkeys((row["method"], row["K"], row["alpha"]) for row in rows))
-    found = []
-    for setting in settings:
-        same = [row for row in rows if (row["method"], row["K"], row["alpha"]) == setting]
-        figures = {
-            name: sum(row[name] for row in same) / len(same)
-            for name in ("validation loss", "products", "inner gradients")
-        }
-        spread = [row["validation loss"] for row in same]
-        found.append(
-            {"method": setting[0], "K": setting[1], "alpha": setting[2], **figures,
-             "least": min(spread), "largest": max(spread)}
-        )  # fmt: skip
-    return sorted(found, key=lambda row: (row["method"] != AUTO, row["method"], row["validation loss"]))
+class Runs:
+    """All runs that were made, a row each.
+
+    Args:
+        pool: makes them.
+        keys: changes of the experiment, as on its command line.
+    """
+
+    def __init__(self, pool: Executor, keys: tuple[str, ...] = ()) -> None:
+        """Nothing has run yet."""
+        self.pool, self.keys = pool, keys
+        self.rows: list[Row] = []
+
+    def make(self, settings: Sequence[Setting], seeds: Iterable[int], title: str) -> list[Mean]:
+        """Run each setting from each start and print its line; returns the means over all of its starts so far, best first."""
+        print(f"\n{title}", flush=True)
+        tasks, means = [(setting, seed, self.keys) for seed in seeds for setting in settings], []
+        for number, row in enumerate(self.pool.map(outer_run, tasks), start=1):
+            self.rows.append(row)
+            print(f"run {number} of {len(tasks)}", end="\r", file=sys.stderr, flush=True)
+        for setting in settings:
+            own = [row for row in self.rows if Setting(row["method"], row["K"], row["alpha"]) == setting]
+            means.append(Mean(setting, tuple(own)))
+        means.sort(key=lambda mean: (mean.setting.method != AUTO, mean.setting.method, mean.of("validation loss")))
+        print(table([mean.row for mean in means]), flush=True)
+        return means
 
 
-def draw(rows: Iterable[Row], path: Path) -> None:
-    """Validation loss against products: a point a setting, the untuned run marked."""
+def best(means: Iterable[Mean], method: str, number: int) -> list[Setting]:
+    """The settings of a method with the least validation loss."""
+    return [mean.setting for mean in means if mean.setting.method == method][:number]
+
+
+def tune(runs: Runs, grid: Sequence[Setting], starts: Sequence[Sequence[int]]) -> tuple[list[Mean], list[Mean]]:
+    """Every setting on the first starts, the best few on the second, the best one on the third beside `AUTO`.
+
+    Returns:
+        The means of the first and of the last.
+    """
+    rivals = list(dict.fromkeys(setting.method for setting in grid))
+    tried = runs.make(grid, starts[0], f"every setting, {len(starts[0])} starts")
+    finalists = [setting for method in rivals for setting in best(tried, method, FINALISTS)]
+    finals = runs.make(finalists, starts[1], f"the best of them, {len(starts[1])} starts more")
+    winners = [Setting(AUTO), *(setting for method in rivals for setting in best(finals, method, 1))]
+    fresh = Runs(runs.pool, runs.keys)
+    judged = fresh.make(winners, starts[2], f"the best one of each beside {AUTO}, {len(starts[2])} other starts")
+    runs.rows += fresh.rows
+    return tried, judged
+
+
+def claims_of(judged: Sequence[Mean]) -> list[Claim]:
+    """`AUTO`, the first, against each of the others."""
+    auto, *rivals = judged
+    claims = []
+    for rival in rivals:
+        for name, figure, target in (("validation loss", "validation loss", 1.0), ("products", "products", SHARE)):
+            claims.append(Claim(f"{name} of {AUTO} over {rival.setting}'s", auto.of(figure) / rival.of(figure), target))
+    return claims
+
+
+def draw(tried: Iterable[Mean], judged: Iterable[Mean], path: Path) -> None:
+    """Validation loss against products: a point a setting; those that were judged with their standard errors."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    marks = {AUTO: ("*", 260, "tab:red"), CG: ("o", 40, "tab:blue"), NEUMANN: ("s", 40, "tab:gray")}
-    for method, (mark, size, color) in marks.items():
-        own = [row for row in rows if row["method"] == method]
-        axes.scatter(
-            [row["products"] for row in own], [row["validation loss"] for row in own],
-            marker=mark, s=size, color=color, label=method, zorder=3 if method == AUTO else 2,
+    marks = {AUTO: ("*", 14, "tab:red"), CG: ("o", 6, "tab:blue"), NEUMANN: ("s", 6, "tab:gray")}
+    for mean in tried:
+        mark, size, color = marks[mean.setting.method]
+        place = (mean.of("products"), mean.of("validation loss"))
+        axes.plot(*place, mark, markersize=size, color=color, fillstyle="none")
+        text = f"K={mean.setting.num_steps}, {mean.setting.alpha:g}"
+        axes.annotate(text, place, xytext=(4, 3), textcoords="offset points", fontsize=6)
+    for mean in judged:
+        mark, size, color = marks[mean.setting.method]
+        label = f"{mean.setting.method}, " + ("untuned" if mean.setting.method == AUTO else "its best setting")
+        axes.errorbar(
+            mean.of("products"), mean.of("validation loss"), yerr=mean.row["+-"],
+            fmt=mark, markersize=size, color=color, capsize=3, label=f"{label}, other starts", zorder=3,
         )  # fmt: skip
-        if method != AUTO:
-            for row in own:
-                text = f"K={row['K']}, {row['alpha']:g}"
-                place = (row["products"], row["validation loss"])
-                axes.annotate(text, place, xytext=(4, 3), textcoords="offset points", fontsize=6)
     axes.set(xscale="log", yscale="log", xlabel="Hessian products of the whole run",
-             ylabel="validation loss after the run (mean over starting weights)")  # fmt: skip
+             ylabel="validation loss after the run (mean over starts)")  # fmt: skip
     axes.grid(visible=True, which="both", alpha=0.25)
-    axes.legend()
+    axes.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
@@ -169,33 +254,22 @@ def draw(rows: Iterable[Row], path: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Sweep, average, compare."""
     options = parse(str(__doc__).splitlines()[0], argv, device=False)
-    settings = [Setting(AUTO)]
-    for method in (CG, NEUMANN):
-        pairs = list(product(STEPS[method], ALPHAS[method]))
-        settings += [Setting(method, *pair) for pair in (pairs[:1] if options.quick else pairs)]
-    seeds, num_outer = (SEEDS[:1], 2) if options.quick else (SEEDS, 20)
-    tasks = [(setting, seed, num_outer) for setting in settings for seed in seeds]
+    grid = [Setting(method, *pair) for method in (CG, NEUMANN) for pair in product(STEPS[method], ALPHAS[method])]
+    starts: tuple[Sequence[int], ...] = (TRIED, FINALS, JUDGED)
+    keys: tuple[str, ...] = ()
+    if options.quick:
+        grid, starts = (
+            [setting for setting in grid if setting.num_steps == STEPS[setting.method][0]],
+            ((0,), (1,), (2,)),
+        )
+        keys = ("trainer.num_steps=2",)
     with ProcessPoolExecutor(1 if options.quick else 2, mp_context=get_context("spawn")) as pool:
-        runs = []
-        for number, row in enumerate(pool.map(outer_run, tasks), start=1):
-            runs.append(row)
-            print(f"run {number} of {len(tasks)}", end="\r", file=sys.stderr, flush=True)
-    rows = mean(runs)
-    print(table(rows))
-    auto, *_ = rows
-    claims = []
-    for method in (CG, NEUMANN):
-        best = next(row for row in rows if row["method"] == method)
-        name = f"the best of {method} (K = {best['K']}, alpha = {best['alpha']:g})"
-        claims += [
-            Claim(
-                f"validation loss of {AUTO} over that of {name}", auto["validation loss"] / best["validation loss"], 1.0
-            ),
-            Claim(f"products of {AUTO} over those of {name}", auto["products"] / best["products"], SHARE),
-        ]
+        runs = Runs(pool, keys)
+        tried, judged = tune(runs, grid, starts)
     if options.json is not None:
-        draw(rows, options.json.with_suffix(".png"))
-    return finish(options, rows, claims, {"runs": runs})
+        draw(tried, judged, options.json.with_suffix(".png"))
+    rows = [{"stage": stage, **mean.row} for stage, means in (("tried", tried), ("judged", judged)) for mean in means]
+    return finish(options, rows, claims_of(judged), {"runs": runs.rows})
 
 
 if __name__ == "__main__":
