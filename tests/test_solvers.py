@@ -275,6 +275,14 @@ def test_anderson_solves_a_linear_fixed_point_in_about_n_steps():
     assert accelerated.num_steps <= 6 + 3 < plain.num_steps / 10
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_anderson_acceleration_survives_changes_that_depend_on_each_other(dtype):
+    """In one dimension all of them do, and what rounding makes of their Gram matrix may be singular."""
+    objective, solver = Objective(optimality=lambda x, h: x - torch.cos(x)), AndersonAcceleration(learning_rate=1.0)
+    for start in torch.linspace(-2.0, 2.0, 300, dtype=dtype).unsqueeze(-1):
+        assert float(solve(solver, objective, start).params) == pytest.approx(0.7390851, abs=1e-4)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 

@@ -25,7 +25,8 @@ class AndersonAcceleration(InnerSolver):
         rtol: stop as well when it is at most this times that of the starting point.
         learning_rate: factor of the plain iteration (the mixing), or the name of a hyperparameter.
         history: number of earlier iterates that are combined.
-        ridge: Tikhonov term of the least-squares problem, relative to its largest entry.
+        ridge: Tikhonov term of the least-squares problem, relative to its largest entry; at least what rounding makes of
+            it in this precision.
 
     Reference: Walker and Ni (2011), "Anderson acceleration for fixed-point iterations".
 
@@ -65,10 +66,10 @@ class AndersonAcceleration(InnerSolver):
             moves = (iterates[1:] - iterates[:-1]).movedim(0, -2)
             gram = changes @ changes.mT
             scale = torch.diagonal(gram, dim1=-2, dim2=-1).amax(-1)[..., None, None]
-            tiny = torch.finfo(gram.dtype).tiny
-            damped = gram + (self.ridge * scale + tiny) * torch.eye(
-                gram.shape[-1], dtype=gram.dtype, device=gram.device
-            )
+            kind, count = torch.finfo(gram.dtype), gram.shape[-1]
+            # Changes may depend on each other (in one dimension they do): rounding then leaves eigenvalues of either sign.
+            ridge = max(self.ridge, 4 * count * kind.eps)
+            damped = gram + (ridge * scale + kind.tiny) * torch.eye(count, dtype=gram.dtype, device=gram.device)
             weights = torch.linalg.solve(damped, (changes @ residual.unsqueeze(-1)))  # (*batch, m, 1)
             new = new - ((moves + changes).mT @ weights).squeeze(-1)
         return new, {
