@@ -1,4 +1,4 @@
-"""Policies: what happens at negative curvature, at an inner solve that ends early, and at numbers that are not finite."""
+"""Policies: negative curvature, inner solves that end early, numbers that are not finite, and numbers that are all error."""
 
 import math
 from dataclasses import replace
@@ -15,6 +15,7 @@ from bilevel.linalg import MINRES, ConjugateGradient, DenseCholesky
 from bilevel.solvers import LBFGS, GradientDescent
 from bilevel.trainer import Trainer
 from bilevel.trainer.nonfinite import Raise, Skip
+from bilevel.trainer.worthless import Apply, Shrink, Worthless
 
 DIAGONAL = torch.tensor([3.0, 1.0, -0.5, 2.0], dtype=torch.float64)
 
@@ -309,3 +310,74 @@ def test_skip_leaves_steps_out_and_ends_after_its_number_in_a_row(what):
 def test_skip_needs_a_count(number):
     with pytest.raises(UsageError, match="Skip needs max_in_a_row"):
         Skip(max_in_a_row=number)
+
+
+# --- hypergradients that are all error --------------------------------------------------------------------------------
+
+
+class Erring(Implicit):
+    """At outer step 3 the hypergradient is a thousand times what it is elsewhere, and its estimated error is `error` times that."""
+
+    error = 1000.0
+
+    def compute(self, problem, solver, params, hparams, batches, state):
+        result = super().compute(problem, solver, params, hparams, batches, state)
+        grown = 1000.0 if batches.step == 3 else 1.0
+        gradient = {name: grown * part for name, part in result.gradient.items()}
+        norm = torch.cat([part.flatten() for part in gradient.values()]).norm()
+        error = self.error if batches.step == 3 else 0.1
+        return replace(result, gradient=gradient, receipt=replace(result.receipt, error_estimate=float(error * norm)))
+
+
+def penalties(worthless, method=None, num_steps=40):
+    run = fit(
+        Bowl(),
+        solver=LBFGS(atol=1e-10),
+        hypergradient=Erring() if method is None else method,
+        optimizer=lambda raw: torch.optim.Adam(raw, lr=0.05),
+        trainer=Trainer(num_steps=num_steps, worthless=worthless),
+    )
+    return run, torch.tensor([record["hparams.penalty"] for record in run.history])
+
+
+def test_a_worthless_hypergradient_does_not_halt_adam():
+    _, usual = penalties(Apply(), Implicit())
+    run, shrunk = penalties(Shrink())
+    _, applied = penalties(Apply())
+    assert [record["step"] for record in run.history if record["shrunk"]] == [3]
+    way = lambda values: float((values[-1] - values[4]).abs())  # noqa: E731
+    assert way(shrunk) > 0.9 * way(usual) and way(applied) < 0.3 * way(usual)
+
+
+def test_shrinking_multiplies_by_the_square_of_the_limit_over_the_relative_error():
+    shrink = Shrink(beyond=10.0)
+    assert [shrink.scale(error) for error in (0.0, 10.0, 40.0, math.inf, math.nan)] == [1.0, 1.0, 0.0625, 0.0, 1.0]
+    assert Apply().scale(1e9) == 1.0
+
+
+def test_the_outer_optimiser_gets_what_the_policy_left(monkeypatch):
+    class Third(Worthless):
+        def scale(self, relative_error):
+            return 1 / 3 if relative_error > 500 else 1.0
+
+    def given(worthless):
+        seen = []
+
+        def optimizer(raw):
+            made = torch.optim.SGD(raw, lr=1e-5)
+            step = made.step
+            made.step = lambda *args, **kwargs: (seen.append(float(raw[0].grad)), step(*args, **kwargs))[1]
+            return made
+
+        fit(Bowl(), solver=LBFGS(atol=1e-10), hypergradient=Erring(), optimizer=optimizer,
+            trainer=Trainer(num_steps=4, worthless=worthless))  # fmt: skip
+        return seen
+
+    whole, third = given(Apply()), given(Third())
+    assert whole[:-1] == third[:-1] and third[-1] == pytest.approx(whole[-1] / 3, rel=1e-12)
+
+
+@pytest.mark.parametrize("beyond", [0.0, -1.0, math.inf, math.nan])
+def test_shrink_needs_a_limit(beyond):
+    with pytest.raises(UsageError, match="Shrink needs beyond > 0"):
+        Shrink(beyond=beyond)

@@ -31,6 +31,7 @@ def make_record(step: int, num_steps: int, scale: float = 1.0) -> dict[str, Any]
         "hypergradient_norm": 0.1,
         "seconds": 0.25,
         "skipped": step == 1,
+        "shrunk": step >= 2,
         "receipt.linear_residual": 1e-8,
         "receipt.stationarity": 1e-9,
         "receipt.products": 10,
@@ -110,6 +111,7 @@ def test_a_run_becomes_one_self_contained_page(tmp_path: Path) -> None:
         *("digits & co", "stopped: every step was taken", "best outer loss 0.25000 at step 3", "outer steps 4"),
         *("wall time 1:15", "peak memory 300 MiB", "products 40", "Beside a grid", "best <of> 100 0.7500"),
         *("digits & co (this run) 0.2500", "1 of 4 steps was biased", "At step 1, crossed out", "converged <ok>"),
+        "At 2 steps, marked by a triangle, the hypergradient was all error by its estimate and was shrunk",
         *("_target_: torch.optim.Adam", "torch 2.13.0", "2 threads"),
     ):
         assert words in page.text, words

@@ -209,6 +209,19 @@ def test_an_early_stop_prints_its_last_step_and_a_skipped_one_says_so(capsys: py
     assert verdict.endswith("stopped: the loss was not finite")
 
 
+def test_a_shrunk_hypergradient_is_marked_told_once_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    tracker = ConsoleTracker()
+    tracker.on_start(start(num_steps=3))
+    for step in range(3):
+        said = {"shrunk": step > 0, "hypergradient_error": 16.4}
+        tracker.on_step(record(step, num_steps=3, seconds=0.5, eta_seconds=1.0, **said), {})
+    tracker.on_end({"best": {"step": 1, "outer_loss": 0.5}, "wall_seconds": 75.0})
+    out = capsys.readouterr().out
+    assert out.count("(shrunk)") == 2
+    assert out.count("step 1: the hypergradient was shrunk: its estimated error is 16.4 times its norm") == 1
+    assert "2 of 3 steps: the hypergradient was shrunk" in out
+
+
 def test_a_resumed_run_continues_its_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     play(100, first=41)
     assert capsys.readouterr().out.splitlines()[1].split()[0] == "41"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -43,7 +43,7 @@ def receipts(run: Run) -> list[Plate]:
     if not panels:
         return []
     biased = [record["step"] for record in run.records if record.get("receipt.biased")]
-    skipped = [record["step"] for record in run.records if record.get("skipped")]
+    skipped, shrunk = ([record["step"] for record in run.records if record.get(key)] for key in ("skipped", "shrunk"))
     caption = "What each hypergradient is worth, in natural units: the smaller the residual and the stationarity, the "
     caption += "closer it is to the exact one; products are what it cost in Hessian-vector products. "
     certified = [record.get("receipt.error_certified") for record in run.records]
@@ -58,10 +58,16 @@ def receipts(run: Run) -> list[Plate]:
     if skipped:
         where = f"step {skipped[0]}" if len(skipped) == 1 else f"{len(skipped)} steps"
         caption += f"At {where}, crossed out, the hypergradient was not finite and was not applied. "
-    return [Plate("receipts", "Receipts", caption.strip(), partial(_paint, run, panels, biased, skipped))]
+    if shrunk:
+        where = f"step {shrunk[0]}" if len(shrunk) == 1 else f"{len(shrunk)} steps"
+        caption += f"At {where}, marked by a triangle, the hypergradient was all error by its estimate and was shrunk. "
+    marks = {"x": skipped, "v": shrunk}
+    return [Plate("receipts", "Receipts", caption.strip(), partial(_paint, run, panels, biased, marks))]
 
 
-def _paint(run: Run, panels: Sequence[_Panel], biased: Sequence[int], skipped: Sequence[int], theme: Theme) -> Figure:
+def _paint(
+    run: Run, panels: Sequence[_Panel], biased: Sequence[int], marks: Mapping[str, Sequence[int]], theme: Theme
+) -> Figure:
     figure, axes = grid(len(panels))
     for index, (panel, place) in enumerate(zip(panels, axes, strict=True)):
         colour = theme.series[index % len(theme.series)]
@@ -72,8 +78,11 @@ def _paint(run: Run, panels: Sequence[_Panel], biased: Sequence[int], skipped: S
                 curve(place, run, key, colour)
         for start, stop in _spans(biased):
             place.axvspan(start - 0.5, stop + 0.5, color=theme.series[1], alpha=0.12, linewidth=0)
-        for step in skipped:
-            place.plot([step], [0.5], "x", color=theme.series[6], markersize=5, transform=place.get_xaxis_transform())
+        for mark, steps in marks.items():
+            for step in steps:
+                place.plot(
+                    [step], [0.5], mark, color=theme.series[6], markersize=5, transform=place.get_xaxis_transform()
+                )
         place.set_title(panel.title)
     return figure
 

@@ -161,7 +161,8 @@ def _figures(record: Mapping[str, Any]) -> str:
 
 
 def _remarks(record: Mapping[str, Any]) -> str:
-    words = [word for word, key in (("skipped", "skipped"), ("biased", "receipt.biased")) if record.get(key)]
+    marks = (("skipped", "skipped"), ("shrunk", "shrunk"), ("biased", "receipt.biased"))
+    words = [word for word, key in marks if record.get(key)]
     return f"  ({', '.join(words)})" if words else ""
 
 

@@ -19,6 +19,7 @@ from bilevel.trainer.callbacks import Callback
 from bilevel.trainer.nonfinite import Nonfinite, Skip
 from bilevel.trainer.setup import Setup
 from bilevel.trainer.state import Best, TrainState
+from bilevel.trainer.worthless import Shrink, Worthless
 from bilevel.tree import TensorDict, detach
 
 Record = dict[str, Any]
@@ -34,6 +35,7 @@ class Trainer:
         patience: stop after this many steps without a better outer loss; None never does.
         min_improvement: what counts as better, relative to the best outer loss.
         nonfinite: what to do with hypergradients that are not finite; none of them is ever applied.
+        worthless: what to do with hypergradients that are worth nothing by their own error estimate.
         checkpoint_every: steps between checkpoints; the last step always writes one.
         keep_checkpoints: number of checkpoints that are kept.
     """
@@ -43,6 +45,7 @@ class Trainer:
     patience: int | None = None
     min_improvement: float = 0.0
     nonfinite: Nonfinite = field(default_factory=Skip)
+    worthless: Worthless = field(default_factory=Shrink)
     checkpoint_every: int = 10
     keep_checkpoints: int = 3
 
@@ -93,23 +96,27 @@ class Trainer:
         if finite and state.step == 0:
             check_not_all_zero(result, setup.method)
         metrics = evaluate_metrics(setup, result.params, hparams) if finite else {}
+        relative_error = result.receipt.error_estimate / norm if norm > 0 else math.nan
+        scale = self.worthless.scale(relative_error)
         record: Record = {
             "step": state.step,
             "num_steps": self.num_steps,
             "outer_loss": result.outer_loss,
             "inner_loss": result.inner_loss,
             "hypergradient_norm": norm,
-            "hypergradient_error": result.receipt.error_estimate / norm if norm > 0 else math.nan,
+            "hypergradient_error": relative_error,
             "hypergradient_cosine": cosine(result.gradient, state.gradient),
             "learning_rate": state.outer.learning_rate,
             "skipped": not finite,
+            "shrunk": scale < 1.0,
             **result.receipt.record(),
             **{f"metrics.{name}": value for name, value in metrics.items()},
             **describe_hparams(hparams),
         }
         if finite:
             self._keep_best(state, result, hparams, metrics)
-            self._update(state, natural, result.gradient, result.outer_loss)
+            applied = {name: scale * part for name, part in result.gradient.items()}
+            self._update(state, natural, applied, result.outer_loss)
             state.params, state.method, state.num_nonfinite = result.params, result.state, 0
             state.gradient = result.gradient
         else:  # neither the hyperparameters nor the warm starts take anything from this step
