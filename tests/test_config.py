@@ -113,6 +113,8 @@ def _agrees(value: Any, default: Any) -> bool:
         if value.get("_partial_"):
             return callable(default)  # a factory; what it makes is its own node
         return default is None or type(default).__name__ == name  # its own arguments are compared as its own node
+    if isinstance(value, list) and any(isinstance(one, Mapping) for one in value):
+        return len(value) == len(default) and all(map(_agrees, value, default))
     value, default = _plain(value), _plain(default)
     # torch writes 0 where it takes any number: only a float in the file lets the command line give one
     same_kind = type(value) is type(default) or (type(value) is float and type(default) is int)

@@ -216,6 +216,7 @@ def test_positive_definite_restored_and_counted(preconditioner, name):
         assert built.num_mv == counted.products
     else:  # backward passes: one for each of the three outputs (softmax has two that matter), and the forward ones
         assert counted.products == 0 and 3 <= built.num_mv <= 4
+    assert built.num_mv <= preconditioner.price(at)
     matrix = assert_positive_definite(built.operator)
     before = counted.products
     again = preconditioner.restore(replace(at, operator=counted), built.state)

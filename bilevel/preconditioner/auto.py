@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from bilevel.errors import UsageError
+import torch
+
 from bilevel.linalg import POSITIVE_DEFINITE, AutoSolver, DiagonalOperator, LinearOperator, Tag
 from bilevel.linearisation import Linearisation
 from bilevel.preconditioner.base import Preconditioner, Prepared, State
+from bilevel.preconditioner.kfac import KFAC
+from bilevel.preconditioner.lbfgs_pairs import LBFGSPairs, has_pairs
 from bilevel.preconditioner.nystrom import Nystrom
 from bilevel.preconditioner.penalty import penalty_scale
 from bilevel.solvers import InnerSolution
@@ -15,26 +20,28 @@ from bilevel.solvers import InnerSolution
 
 @dataclass(frozen=True)
 class AutoPreconditioner(Preconditioner):
-    """The penalty's diagonal, until linear solves have taken as many products as building a better one may cost.
+    """The penalty's diagonal, until linear solves have taken as many products as the cheapest better one costs.
+
+    Of the candidates that is the Kronecker-factored one where the model is made of linear maps and has few outputs, else the
+    sketch. Where the inner solver keeps curvature pairs, these correct it: they are free, and new in each outer step.
 
     Where `linear_solver=auto` forms the matrix, or the operator is not symmetric, there is none for good.
 
     Args:
-        base: what is built then.
-        patience: products of the linear solves so far from which on it is built; a sketch of the default takes 25 or more.
+        candidates: of those that serve the cheapest is built, and the first of equals.
+
+    Reference: Karlin, Manasse, Rudolph and Sleator (1988), "Competitive snoopy caching", for when to build.
     """
 
-    base: Preconditioner = field(default_factory=Nystrom)
-    patience: int = 50
+    candidates: Sequence[Preconditioner] = field(default_factory=lambda: (KFAC(), Nystrom()))
 
-    def __post_init__(self) -> None:
-        """Validate the number."""
-        if self.patience < 1:
-            raise UsageError(f"AutoPreconditioner needs patience >= 1, but got {self.patience}.")
+    def price(self, at: Linearisation) -> float:
+        """That of the cheapest candidate; infinity where none serves."""
+        return min(self._prices(at), default=math.inf)
 
     def pays(self, at: Linearisation, num_mv: int) -> bool:
-        """For a symmetric operator that is too large to be factorised, after solves that took as long."""
-        return self._serves(at) and num_mv >= self.patience
+        """For a symmetric operator that is too large to be factorised, after solves that took as long as building takes."""
+        return self._serves(at) and num_mv > 0 and num_mv >= self.price(at)
 
     def meanwhile(self, at: Linearisation) -> LinearOperator | None:
         """The inverse of the penalty's Hessian, where that has more than one value."""
@@ -43,14 +50,36 @@ class AutoPreconditioner(Preconditioner):
             return None
         return DiagonalOperator(1.0 / scale, POSITIVE_DEFINITE)
 
+    def build(self, at: Linearisation, inner: InnerSolution | None) -> Prepared:
+        """That of the cheapest candidate, and the inner solver's pairs."""
+        prices = self._prices(at)
+        number = min(range(len(prices)), key=prices.__getitem__)
+        pairs = inner is not None and has_pairs(inner)
+        built = self._chosen(number, pairs).build(at, inner)
+        choice = {CHOICE: torch.tensor(number), PAIRS: torch.tensor(pairs)}
+        return Prepared(built.operator, {**built.state, **choice}, built.num_mv)
+
+    def refresh(self, state: State, inner: InnerSolution | None) -> State:
+        """That of what was built."""
+        return self._built(state).refresh(state, inner)
+
+    def restore(self, at: Linearisation, state: State) -> LinearOperator | None:
+        """That of what was built."""
+        return self._built(state).restore(at, {name: state[name] for name in state if name not in (CHOICE, PAIRS)})
+
     def _serves(self, at: Linearisation) -> bool:
         """For symmetric operators that are too large to be factorised."""
         return at.operator.shape[0] > AutoSolver().dense_size and Tag.symmetric in at.operator.tags
 
-    def build(self, at: Linearisation, inner: InnerSolution | None) -> Prepared:
-        """That of the base."""
-        return self.base.build(at, inner)
+    def _prices(self, at: Linearisation) -> list[float]:
+        return [candidate.price(at) for candidate in self.candidates]
 
-    def restore(self, at: Linearisation, state: State) -> LinearOperator | None:
-        """That of the base."""
-        return self.base.restore(at, state)
+    def _built(self, state: State) -> Preconditioner:
+        return self._chosen(int(state[CHOICE]), bool(state[PAIRS]))
+
+    def _chosen(self, number: int, pairs: bool) -> Preconditioner:
+        candidate = self.candidates[number]
+        return LBFGSPairs(candidate) if pairs else candidate
+
+
+CHOICE, PAIRS = "auto.candidate", "auto.pairs"

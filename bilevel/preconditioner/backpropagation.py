@@ -7,6 +7,7 @@ column `c` gives the gradients of all examples at the outputs of every linear ma
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from bilevel.rng import generator
 from bilevel.tree import TensorDict, detach
 
 NUM_PROBES = 10  # for the diagonal of parameters that belong to no linear map
+COVERED = 0.9  # share of the parameters in linear maps below which a diagonal would be most of what is known
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,29 @@ def backpropagate(at: Linearisation, num_samples: int | None, seed: int) -> Back
         diagonal = torch.where(covered, 0.0, probes.mean(0))
         num_passes += NUM_PROBES
     return Backpropagation(maps, diagonal, num_passes)
+
+
+def num_passes(at: Linearisation, num_samples: int | None) -> float:
+    """Passes that `backpropagate` takes at most; infinity where there are no outputs or less than `COVERED` is in linear maps.
+
+    One forward pass, no backward one.
+    """
+    problem, point, hparams = at.problem, at.params.detach(), detach(at.hparams)
+    try:
+        problem.model(point, hparams, at.batch)
+        outputs, _, uses, _ = _forward(problem, point, hparams, at.batch)
+    except UsageError:
+        return math.inf
+    if outputs.ndim == problem.num_batch:
+        return math.inf
+    covered = torch.zeros(point.shape[-1], dtype=torch.bool, device=point.device)
+    for use in uses:
+        covered[_index(use).flatten()] = True
+    if float(covered.double().mean()) < COVERED:
+        return math.inf
+    shape = outputs.shape[problem.num_batch :]
+    columns = shape[1:].numel() if num_samples is None else num_samples
+    return columns + 1 + (0 if bool(covered.all()) else NUM_PROBES)
 
 
 def _mixed(root: Tensor, number: int, source: torch.Generator) -> Tensor:

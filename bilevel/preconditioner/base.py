@@ -37,6 +37,14 @@ class Preconditioner(ABC):
     it still serves.
     """
 
+    def price(self, at: Linearisation) -> float:
+        """Products that building it will take, as far as that is known before; infinity where it does not serve.
+
+        Args:
+            at: the inner problem at its solution.
+        """
+        return 0.0
+
     def pays(self, at: Linearisation, num_mv: int) -> bool:
         """Whether to build one, where there is none yet; always, unless a subclass knows better.
 
@@ -71,3 +79,10 @@ class Preconditioner(ABC):
         definite whatever has changed, useful while the data's curvature has not: it ages the faster, the larger its ratio to
         the penalty.
         """
+
+    def refresh(self, state: State, inner: InnerSolution | None) -> State:
+        """The tensors of an earlier `build` with what the inner solve of this step brings, at no product; as they are.
+
+        Called before `restore`.
+        """
+        return state

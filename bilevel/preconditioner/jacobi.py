@@ -46,6 +46,10 @@ class Jacobi(Preconditioner):
                 f"Jacobi needs num_probes >= 2, the least that shows how uncertain they are, but got {self.num_probes}."
             )
 
+    def price(self, at: Linearisation) -> float:
+        """The probes."""
+        return self.num_probes
+
     def build(self, at: Linearisation, inner: InnerSolution | None) -> Prepared:
         """Estimate the diagonal by `num_probes` products."""
         with torch.no_grad():

@@ -11,7 +11,7 @@ from torch import Tensor
 from bilevel.errors import UsageError
 from bilevel.linalg import BlockKroneckerInverse, KroneckerBlock, LinearOperator
 from bilevel.linearisation import Linearisation
-from bilevel.preconditioner.backpropagation import LinearMap, backpropagate
+from bilevel.preconditioner.backpropagation import LinearMap, backpropagate, num_passes
 from bilevel.preconditioner.base import Preconditioner, Prepared, State
 from bilevel.preconditioner.penalty import penalty_diagonal
 from bilevel.solvers import InnerSolution
@@ -39,6 +39,10 @@ class _KroneckerFactored(Preconditioner):
             raise UsageError(f"{name} needs num_samples >= 1 or None (exact), but got {self.num_samples}.")
         if not self.damping >= 0:
             raise UsageError(f"{name} needs damping >= 0, but got {self.damping}.")
+
+    def price(self, at: Linearisation) -> float:
+        """The passes; infinity where the model is not made for it, or has too many parameters in no linear map."""
+        return num_passes(at, self.num_samples)
 
     def build(self, at: Linearisation, inner: InnerSolution | None) -> Prepared:
         """Factors at the linearisation's point; the products counted are backward passes, and one for the forward ones."""

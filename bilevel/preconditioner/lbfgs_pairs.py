@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from bilevel.errors import UsageError
 from bilevel.linalg import InverseBFGS, LinearOperator
 from bilevel.linearisation import Linearisation
 from bilevel.preconditioner.base import Preconditioner, Prepared, State
 from bilevel.solvers import InnerSolution
 
-PREFIX = "base."
+PREFIX, STEPS, CHANGES = "base.", "steps", "changes"
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class LBFGSPairs(Preconditioner):
     The pairs are differences of gradients along the solver's latest steps, which go where its own progress was slowest: along
     small curvature, the end of the spectrum that sketches and Kronecker factors do not see. The usual history of ten is too
     few for that; a `history` of some hundreds in the inner solver costs memory, not products. With a `base` they correct
-    another preconditioner instead of a multiple of the identity. A warm-started inner solve of few steps leaves few pairs.
+    another preconditioner instead of a multiple of the identity. A warm-started inner solve of few steps leaves few pairs;
+    those of the outer steps before stay beside them, up to the number of one history.
 
     Args:
         base: what the pairs correct; None for a multiple of the identity.
@@ -31,29 +34,49 @@ class LBFGSPairs(Preconditioner):
 
     base: Preconditioner | None = None
 
+    def price(self, at: Linearisation) -> float:
+        """That of the base."""
+        return 0.0 if self.base is None else self.base.price(at)
+
     def build(self, at: Linearisation, inner: InnerSolution | None) -> Prepared:
         """Take the pairs over, and build the base.
 
         Raises:
             UsageError: the inner solver keeps no pairs.
         """
-        if inner is None or not {"s", "y"} <= set(inner.state):
+        if inner is None or not has_pairs(inner):
             came = "there was no inner solve" if inner is None else "the inner solver's state holds none"
             raise UsageError(
                 f"LBFGSPairs needs the curvature pairs of an inner solve by LBFGS, but {came}: use solver=lbfgs, or "
                 "preconditioner=nystrom."
             )
-        state = {"steps": inner.state["s"].detach(), "changes": inner.state["y"].detach()}
-        if self.base is None:
-            return Prepared(InverseBFGS(at.operator, state["steps"], state["changes"]), state)
-        below = self.base.build(at, inner)
-        operator = InverseBFGS(at.operator, state["steps"], state["changes"], below.operator)
-        return Prepared(operator, state | {PREFIX + name: value for name, value in below.state.items()}, below.num_mv)
+        below = None if self.base is None else self.base.build(at, inner)
+        kept = {} if below is None else {PREFIX + name: value for name, value in below.state.items()}
+        state = {**kept, STEPS: inner.state["s"].detach(), CHANGES: inner.state["y"].detach()}
+        initial = None if below is None else below.operator
+        return Prepared(_corrected(at, state, initial), state, 0 if below is None else below.num_mv)
+
+    def refresh(self, state: State, inner: InnerSolution | None) -> State:
+        """The pairs of this step's inner solve after those of earlier ones, of which as many of the latest are kept."""
+        if inner is None or not has_pairs(inner):
+            return state
+        size = max(len(state[STEPS]), len(inner.state["s"]))
+        pairs = {
+            name: torch.cat([state[name], inner.state[key].detach()])[-size:] if size else state[name]
+            for name, key in ((STEPS, "s"), (CHANGES, "y"))
+        }
+        return {**state, **pairs}
 
     def restore(self, at: Linearisation, state: State) -> LinearOperator:
-        """The same pairs, on the restored base."""
-        initial = None
-        if self.base is not None:
-            below = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
-            initial = self.base.restore(at, below)
-        return InverseBFGS(at.operator, state["steps"], state["changes"], initial)
+        """The pairs on the restored base."""
+        below = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
+        return _corrected(at, state, None if self.base is None else self.base.restore(at, below))
+
+
+def has_pairs(inner: InnerSolution) -> bool:
+    """Whether an inner solver keeps curvature pairs, some or none yet."""
+    return {"s", "y"} <= set(inner.state)
+
+
+def _corrected(at: Linearisation, state: State, initial: LinearOperator | None) -> LinearOperator:
+    return InverseBFGS(at.operator, state[STEPS], state[CHANGES], initial)

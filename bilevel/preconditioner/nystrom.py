@@ -69,6 +69,10 @@ class Nystrom(Preconditioner):
         if self.max_rank < 1:
             raise UsageError(f"Nystrom needs max_rank >= 1, but got {self.max_rank}.")
 
+    def price(self, at: Linearisation) -> float:
+        """The rank; two blocks where that is still to be found."""
+        return 2 * BLOCK if self.rank is None else self.rank
+
     def build(self, at: Linearisation, inner: InnerSolution | None) -> Prepared:
         """Sketch the operator at the linearisation's point."""
         with torch.no_grad():

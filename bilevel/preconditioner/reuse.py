@@ -41,7 +41,8 @@ def prepare(preconditioner: Preconditioner, at: Linearisation, inner: InnerSolut
             preconditioner.meanwhile(at), {"setup": _count(0), "first": _count(0), "excess": _count(excess)}
         )
     if tensors and (excess < counts["setup"] or excess == 0):
-        return Prepared(preconditioner.restore(at, tensors), state)
+        tensors = preconditioner.refresh(tensors, inner)
+        return Prepared(preconditioner.restore(at, tensors), {**state, **tensors})
     built = preconditioner.build(at, inner)
     return replace(built, state={**built.state, "setup": _count(built.num_mv)})
 
