@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem, StepBatches
 from bilevel.hypergradient import AdaptiveAccuracy, FixedAccuracy, Implicit, Unrolled, differentiate, start_method
 from bilevel.hypergradient.accuracy import INNER, LINEAR
-from bilevel.linalg import ConjugateGradient, DenseCholesky
+from bilevel.linalg import POSITIVE_DEFINITE, ConjugateGradient, DenseCholesky, DiagonalOperator, MatrixOperator
 from bilevel.linearisation import linearise
-from bilevel.preconditioner import AutoPreconditioner, Jacobi, NoPreconditioner, Nystrom
+from bilevel.preconditioner import KFAC, AutoPreconditioner, Jacobi, LBFGSPairs, NoPreconditioner, Nystrom
+from bilevel.preconditioner.recycled import corrected, learnt
 from bilevel.preconditioner.reuse import note, prepare
-from bilevel.solvers import LBFGS, AndersonAcceleration, GradientDescent
+from bilevel.solvers import LBFGS, AndersonAcceleration, GradientDescent, run
 
 
 @pytest.fixture(autouse=True)
@@ -247,8 +249,9 @@ def test_a_preconditioned_hypergradient_is_the_same_number(preconditioner):
     ids=["after a long solve", "after two", "not yet", "not for a matrix that is factorised"],
 )
 def test_the_automatic_preconditioner_is_built_once_it_pays(features, products, built):
-    prepared = prepared_after(AutoPreconditioner(Nystrom(rank=5)), linearised(Logistic(features)), products)
-    assert prepared.num_mv == 5 * built and (prepared.operator is not None) is bool(built)
+    auto = AutoPreconditioner([Nystrom(rank=50)])
+    prepared = prepared_after(auto, linearised(Logistic(features)), products)
+    assert prepared.num_mv == 50 * built and (prepared.operator is not None) is bool(built)
 
 
 def test_until_then_it_is_the_penalty_where_that_has_more_than_one_value():
@@ -261,7 +264,7 @@ def test_until_then_it_is_the_penalty_where_that_has_more_than_one_value():
     torch.testing.assert_close(prepared.operator.mv(torch.ones(300)), 1.0 / penalty)
     plain, scaled = (
         steps(problem, Implicit(linear_solver=ConjugateGradient(rtol=1e-6), preconditioner=chosen), 1)[0].receipt.num_mv
-        for chosen in (NoPreconditioner(), AutoPreconditioner(patience=10**6))
+        for chosen in (NoPreconditioner(), AutoPreconditioner([]))
     )
     assert scaled < 0.5 * plain
 
@@ -282,6 +285,181 @@ def test_the_automatic_preconditioner_leaves_unsymmetric_systems_alone():
     assert result.receipt.linear_method == "GMRES"
 
 
-def test_patience_below_one_is_refused():
-    with pytest.raises(UsageError, match="AutoPreconditioner needs patience >= 1, but got 0"):
-        AutoPreconditioner(patience=0)
+class Network(Problem):
+    """Two layers with as many outputs as asked for; `table` adds parameters that are in no linear map."""
+
+    constraints = {"penalty": Positive()}
+
+    def __init__(self, num_outputs=4, table=0):
+        draw = torch.Generator().manual_seed(0)
+        self.x, self.y = torch.randn(30, 12, generator=draw), torch.randn(30, num_outputs, generator=draw)
+        self.num_outputs, self.table = num_outputs, table
+
+    def init_hparams(self):
+        return {"penalty": torch.tensor(1e-2)}
+
+    def init_params(self, hparams):
+        draw = torch.Generator().manual_seed(1)
+        shapes = {"first": (12, 20), "second": (20, self.num_outputs), "table": (self.table,)}
+        return {name: 0.3 * torch.randn(shape, generator=draw) for name, shape in shapes.items() if shape[0]}
+
+    def outputs(self, params, hparams, batch):
+        outputs = torch.tanh(self.x @ params["first"]) @ params["second"]
+        return outputs + params["table"].sin().sum() if self.table else outputs
+
+    def output_loss(self, outputs, hparams, batch):
+        return (outputs - self.y).square().sum(-1)
+
+    def penalty(self, params, hparams):
+        return hparams["penalty"] * sum(value.square().sum() for value in params.values())
+
+    def outer_loss(self, params, hparams, batch):
+        return self.output_loss(torch.tanh(self.x.flip(0) @ params["first"]) @ params["second"], hparams, None).mean()
+
+
+class OneLoss(Network):
+    """The same in one piece."""
+
+    def inner_loss(self, params, hparams, batch):
+        outputs = self.outputs(params, hparams, batch)
+        return self.output_loss(outputs, hparams, batch).mean() + self.penalty(params, hparams)
+
+
+@pytest.mark.parametrize(
+    ("problem", "chosen"),
+    [
+        (Network, KFAC()),
+        (partial(Network, table=10), KFAC()),  # ten of 330 with a diagonal
+        (partial(Network, table=100), Nystrom()),
+        (partial(Network, num_outputs=60), Nystrom()),  # sixty backward passes
+        (OneLoss, Nystrom()),
+    ],
+    ids=["network", "a few parameters beside it", "many beside it", "many outputs", "a loss in one piece"],
+)
+def test_the_automatic_preconditioner_takes_the_cheapest_that_serves(problem, chosen):
+    at, auto = linearised(problem()), AutoPreconditioner()
+    price = chosen.price(at)
+    assert auto.price(at) == price and not auto.pays(at, int(price) - 1) and auto.pays(at, int(price))
+    built, expected = auto.build(at, None), chosen.build(at, None)
+    probe = torch.linspace(-1, 1, at.operator.shape[0])
+    torch.testing.assert_close(built.operator.mv(probe), expected.operator.mv(probe))
+    torch.testing.assert_close(auto.restore(at, built.state).mv(probe), expected.operator.mv(probe))
+
+
+def test_the_automatic_preconditioner_has_nothing_to_build_without_candidates():
+    assert not AutoPreconditioner([]).pays(linearised(Logistic()), 10**9)
+
+
+def test_the_inner_solvers_pairs_correct_it_and_are_those_of_the_latest_solves():
+    problem, auto = Network(), AutoPreconditioner()
+    flat, hparams = FlatProblem.of(problem, problem.init_hparams()), problem.init_hparams()
+    objective, start = flat.objective(None), flat.start(hparams)
+
+    def solved(steps, params):
+        solution = run(LBFGS(max_steps=steps, atol=1e-12, history=6), objective, params, hparams)
+        return solution, linearise(flat, SOLVER, solution.params, hparams)
+
+    (first, at), probe = solved(30, start), torch.linspace(-1, 1, flat.layout.size)
+    built = auto.build(at, first)
+    torch.testing.assert_close(built.operator.mv(probe), LBFGSPairs(KFAC()).build(at, first).operator.mv(probe))
+    assert not torch.allclose(built.operator.mv(probe), KFAC().build(at, first).operator.mv(probe))
+    later, at = solved(2, first.params + 0.01)
+    state = auto.refresh(built.state, later)
+    torch.testing.assert_close(state["steps"], torch.cat([first.state["s"][2:], later.state["s"]]))
+    torch.testing.assert_close(state["changes"], torch.cat([first.state["y"][2:], later.state["y"]]))
+    newest, change = later.state["s"][-1], later.state["y"][-1]
+    torch.testing.assert_close(auto.restore(at, state).mv(change), newest)  # the secant equation of the latest pair
+    unmoved = replace(first, state={**first.state, "s": first.state["s"][:0], "y": first.state["y"][:0]})
+    for kept in (auto.refresh(built.state, unmoved), auto.refresh(built.state, None)):
+        torch.testing.assert_close(kept["steps"], first.state["s"])
+    empty = auto.build(at, unmoved)
+    torch.testing.assert_close(empty.operator.mv(probe), KFAC().build(at, None).operator.mv(probe))
+
+
+# --- what solves leave to later ones ----------------------------------------------------------------------------------
+
+
+class Turning(Problem):
+    """`x = D^-1 b` with one small curvature, along which the outer gradient changes its sign in every outer step."""
+
+    curvature = 1e-3
+
+    def __init__(self, n=300):
+        self.diagonal = torch.ones(n).index_fill(0, torch.tensor([n - 1]), self.curvature)
+
+    def init_hparams(self):
+        return {"b": torch.ones_like(self.diagonal)}
+
+    def init_params(self, hparams):
+        return {"x": torch.zeros_like(self.diagonal)}
+
+    def outer_batches(self, step, inner_step):
+        return 0.02 * torch.tensor(float((-1) ** step))
+
+    def inner_loss(self, params, hparams, batch):
+        return (self.diagonal * params["x"].square() / 2 - hparams["b"] * params["x"]).sum()
+
+    def outer_loss(self, params, hparams, batch):
+        return params["x"][:-1].sum() + batch * params["x"][-1]
+
+    def hypergradient(self, step):
+        slope = torch.ones_like(self.diagonal)
+        slope[-1] = self.outer_batches(step, 0)
+        return slope / self.diagonal
+
+
+@pytest.mark.parametrize(
+    ("keeps", "wrong"),
+    [({"recycle": 2}, (0.0, 1e-4)), ({"warm_start_linear": True}, (1.0, 2.0)), ({}, (0.5, 1.0))],
+    ids=["directions", "the adjoint", "nothing"],
+)
+def test_what_earlier_solves_know_does_not_become_their_error(keeps, wrong):
+    """Starting from the old adjoint keeps its wrong sign within the tolerance; its direction does no harm."""
+    problem = Turning()
+    method = Implicit(linear_solver=ConjugateGradient(rtol=1e-3), error_estimate=None, **keeps)
+    (first,) = steps(problem, method, 1, LBFGS(atol=1e-10))
+    loose = replace(method, linear_solver=ConjugateGradient(rtol=0.05))
+    flat, hparams = FlatProblem.of(problem, problem.init_hparams()), problem.init_hparams()
+    result = differentiate(loose, flat, SOLVER, first.params, hparams, StepBatches(problem, 1), first.state)
+    exact = problem.hypergradient(1)
+    error = float((result.gradient["b"] - exact).norm() / exact.norm())
+    assert wrong[0] <= error <= wrong[1]
+
+
+def test_recycled_directions_shorten_the_solves_of_a_moving_run_and_leave_its_numbers():
+    def run_with(recycle):
+        linear = ConjugateGradient(rtol=1e-8, max_steps=5000)
+        method = Implicit(linear_solver=linear, recycle=recycle, error_estimate=None)
+        return fit(Logistic(), solver=LBFGS(max_steps=3000, atol=1e-9), hypergradient=method, num_steps=8).history
+
+    plain, recycled = run_with(0), run_with(50)
+    for one, other in zip(plain, recycled, strict=True):
+        assert other["hypergradient_norm"] == pytest.approx(one["hypergradient_norm"], rel=1e-5)
+    assert recycled[0]["receipt.num_mv"] == plain[0]["receipt.num_mv"]
+    assert sum(r["receipt.num_mv"] for r in recycled[1:]) < 0.75 * sum(r["receipt.num_mv"] for r in plain[1:])
+
+
+def test_the_latest_directions_are_kept_and_solved_exactly():
+    vectors = torch.randn(2, 5, 40, generator=torch.Generator().manual_seed(0))  # two tasks
+    diagonal = torch.logspace(-3, 0, 40)
+    state = learnt({}, vectors[:, :3], vectors[:, :3] * diagonal, 4)
+    state = learnt(state, vectors[:, 3:], vectors[:, 3:] * diagonal, 4)
+    assert state["recycled.steps"].shape == (4, 2, 40)
+    torch.testing.assert_close(state["recycled.steps"], vectors[:, 1:].movedim(1, 0))
+    like = DiagonalOperator(diagonal.expand(2, 40), POSITIVE_DEFINITE)
+    for initial in (None, DiagonalOperator(torch.full((2, 40), 0.1), POSITIVE_DEFINITE)):
+        latest = corrected(initial, like, state).mv(vectors[:, 4] * diagonal)
+        torch.testing.assert_close(latest, vectors[:, 4])
+    assert corrected(None, like, {}) is None
+    assert corrected(None, MatrixOperator(torch.eye(40)), state) is None  # not known to be symmetric
+
+
+def test_a_span_that_is_everything_is_not_recycled():
+    everything = torch.eye(7)
+    assert learnt({}, everything, everything, 50) == {}
+
+
+@pytest.mark.parametrize("recycle", [-1, 1.5])
+def test_a_number_of_directions_that_makes_no_sense_is_refused(recycle):
+    with pytest.raises(UsageError, match="Implicit needs recycle to be an integer of at least 0"):
+        Implicit(recycle=recycle)

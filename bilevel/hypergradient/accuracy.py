@@ -91,7 +91,7 @@ class AdaptiveAccuracy(Accuracy):
 
     relative_error: float = 1.0
     uncertified: float = 2.0
-    first_inner: float = 1e-4
+    first_inner: float = 1e-5
     first_linear: float = 0.1
     tighten_by: float = 10.0
     loosen_by: float = 3.0

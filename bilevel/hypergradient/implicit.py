@@ -28,6 +28,7 @@ from bilevel.linalg import AutoSolver, ConjugateGradient, LinearSolver, Tag
 from bilevel.linalg.recycling import WatchedOperator
 from bilevel.linearisation import Linearisation, linearise, linearise_compiled
 from bilevel.preconditioner import AutoPreconditioner, NoPreconditioner, Preconditioner
+from bilevel.preconditioner.recycled import corrected, learnt
 from bilevel.preconditioner.reuse import note, prepare
 from bilevel.receipt import Receipt
 from bilevel.result import Result, Solution
@@ -49,7 +50,10 @@ class Implicit(HypergradientMethod):
         warm_start: start each inner solve from the previous solution.
         accuracy: sets the tolerances of each outer step.
         linear_solver: for the system with the inner Hessian (or the Jacobian of `optimality`).
-        warm_start_linear: start each linear solve from the previous adjoint.
+        warm_start_linear: start each linear solve from the previous adjoint. Short where the hyperparameters hardly move;
+            elsewhere the old adjoint's error stays where it leaves little residual, along small curvature.
+        recycle: largest number of directions of the linear solves before that correct the preconditioner of the next one;
+            two vectors of memory each. None of their error stays.
         preconditioner: approximates the inverse of the inner Hessian; built anew when that pays.
         error_estimate: estimates the error of the number from both residuals; None leaves that out.
         unconverged: what to do where the inner solve ends short of its tolerance.
@@ -62,18 +66,24 @@ class Implicit(HypergradientMethod):
 
     linear_solver: LinearSolver = field(default_factory=ConjugateGradient)
     warm_start_linear: bool = False
+    recycle: int = 0
     preconditioner: Preconditioner = field(default_factory=NoPreconditioner)
     error_estimate: ErrorEstimator | None = field(default_factory=ErrorEstimator)
     unconverged: Unconverged = field(default_factory=Warn)
     negative_curvature: NegativeCurvature = field(default_factory=SwitchToMINRES)
     compile: bool = False
 
+    def __post_init__(self) -> None:
+        """Validate the number."""
+        if not isinstance(self.recycle, int) or self.recycle < 0:
+            raise UsageError(f"Implicit needs recycle to be an integer of at least 0, but got {self.recycle}.")
+
     @classmethod
     def auto(cls, **fields: Any) -> Implicit:
         """The method with nothing to tune, what `hypergradient=implicit_auto` is in a configuration.
 
-        The linear solver and the preconditioner choose, tolerances follow the error estimate, and linear solves start
-        from the adjoint of the step before.
+        The linear solver and the preconditioner choose, tolerances follow the error estimate, and linear solves are
+        preconditioned by what the ones of the steps before have found.
 
         Args:
             **fields: other values of the class's arguments.
@@ -86,7 +96,7 @@ class Implicit(HypergradientMethod):
             "linear_solver": AutoSolver(),
             "preconditioner": AutoPreconditioner(),
             "accuracy": AdaptiveAccuracy(),
-            "warm_start_linear": True,
+            "recycle": 50,
         }
         return cls(**{**chosen, **fields})
 
@@ -140,26 +150,30 @@ class Implicit(HypergradientMethod):
         return Hypergradient(gradient, inner.params.detach(), solved.state, receipt, outer, at.inner_loss)
 
     def _solve(self, at: Linearisation, vector: Tensor, inner: InnerSolution, state: MethodState) -> _Solved:
-        """The adjoint `[∂F/∂x]^{-T} vector`: preconditioned, from the previous one, under the policies."""
+        """The adjoint `[∂F/∂x]^{-T} vector`: preconditioned, with what earlier solves have left, under the policies."""
         old = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
         prepared = prepare(self.preconditioner, at, inner, old)
+        preconditioner = corrected(prepared.operator, at.operator, state)
         watched = None
-        if self.error_estimate is not None and Tag.symmetric in at.operator.tags:
-            watched = self.error_estimate.watch(at.operator)
+        memory = max(self.recycle, 0 if self.error_estimate is None else self.error_estimate.memory)
+        if memory and Tag.symmetric in at.operator.tags:
+            watched = WatchedOperator(at.operator, memory)
             at = replace(at, operator=watched)
         ready = self.linear_solver.init(at.operator)
         rtol = self.accuracy.linear_rtol(state)
         # F's own system is with A^T: the same for a Hessian, not for the Jacobian of an optimality.
         solution = self.linear_solver.compute(
             self.linear_solver.transpose(ready), vector, x0=state.get("adjoint"), rtol=rtol,
-            preconditioner=prepared.operator,
+            preconditioner=preconditioner,
         )  # fmt: skip
         kept = {PREFIX + name: value for name, value in note(prepared.state, int(solution.num_mv.max())).items()}
         biased = (f"{type(self.linear_solver).__name__} replaces the inverse Hessian",) * self.linear_solver.biased
         if Tag.symmetric in at.operator.tags and bool((negative := met(solution)).any()):
-            system = System(at, vector, self.linear_solver, rtol, prepared.operator)
+            system = System(at, vector, self.linear_solver, rtol, preconditioner)
             solution, reasons = self.negative_curvature.handle(system, solution, negative)
             biased += reasons
+        if self.recycle and watched is not None:
+            kept |= learnt(state, *watched.remembered(), self.recycle)
         if self.warm_start_linear:
             kept["adjoint"] = solution.value
         return _Solved(solution, biased, kept, prepared.num_mv, watched)
