@@ -28,7 +28,7 @@ from bilevel.linalg import (
     MatrixOperator,
     as_matrix,
 )
-from bilevel.linalg.lbfgs import two_loop
+from bilevel.linalg.lbfgs import Pairs
 from bilevel.linalg.nystrom import nystrom, sketch
 from bilevel.linearisation import linearise
 from bilevel.preconditioner import EKFAC, KFAC, AdamSecondMoment, Jacobi, LBFGSPairs, Nystrom
@@ -245,7 +245,8 @@ def test_tasks_are_preconditioned_as_each_would_be_alone(preconditioner):
             torch.testing.assert_close(together[task], single, rtol=1e-7, atol=1e-9)
         elif isinstance(preconditioner, LBFGSPairs):
             pairs = inner.state["s"][:, task], inner.state["y"][:, task]
-            single = as_matrix(InverseBFGS(linearised(alone).operator, *pairs))
+            operator = linearised(alone).operator
+            single = as_matrix(InverseBFGS(operator, Pairs.of(operator, *pairs)))
             torch.testing.assert_close(together[task], single, rtol=1e-7, atol=1e-9)
         else:  # random vectors are drawn for the whole batch; better than nothing in each task all the same
             hessian = as_matrix(at.operator)[task]
@@ -634,6 +635,18 @@ def bfgs_by_definition(initial, steps, changes):
     return matrix
 
 
+def two_loop(vector, steps, changes, initial):
+    """Nocedal's recursion, what L-BFGS is usually computed by."""
+    weights = []
+    for s, y in reversed(list(zip(steps, changes, strict=True))):
+        weights.append((s @ vector) / (s @ y))
+        vector = vector - weights[-1] * y
+    vector = initial @ vector
+    for s, y in zip(steps, changes, strict=True):
+        vector = vector + (weights.pop() - (y @ vector) / (s @ y)) * s
+    return vector
+
+
 @pytest.mark.parametrize("base", [None, "dense"])
 def test_pairs_follow_the_recursion_and_bad_ones_are_left_out(base):
     hessian = normal(9, 9, seed=40) @ normal(9, 9, seed=40).T + 0.1 * torch.eye(9)
@@ -649,27 +662,53 @@ def test_pairs_follow_the_recursion_and_bad_ones_are_left_out(base):
     )
     initial = MatrixOperator(first, POSITIVE_DEFINITE) if base else None
     for like in (IdentityOperator(9), Counted(IdentityOperator(9))):
-        operator = InverseBFGS(like, bad_steps, bad, initial)
+        operator = InverseBFGS(like, Pairs.of(like, bad_steps, bad), initial)
         torch.testing.assert_close(
             as_matrix(operator), bfgs_by_definition(first, steps[kept], changes[kept]), rtol=1e-7, atol=1e-9
         )
         torch.testing.assert_close(operator.mv(changes[4]), steps[4], rtol=1e-8, atol=1e-9)  # the secant equation
-    if base is None:
-        vector = normal(9, seed=42)
-        torch.testing.assert_close(
-            two_loop(vector, bad_steps, bad, torch.ones(())), operator.mv(vector), rtol=1e-7, atol=1e-9
-        )
+    vector = normal(9, seed=42)
+    recursion = two_loop(vector, steps[kept], changes[kept], first)
+    torch.testing.assert_close(operator.mv(vector), recursion, rtol=1e-7, atol=1e-9)
 
 
 def test_a_batch_keeps_its_own_pairs_and_no_pair_is_the_identity():
     steps = normal(4, 3, 9, seed=43)
     changes = steps * torch.linspace(1, 5, 9)
     changes[1, 2] = -changes[1, 2]
-    together = as_matrix(InverseBFGS(IdentityOperator(9, (3,)), steps, changes))
+    many, one = IdentityOperator(9, (3,)), IdentityOperator(9)
+    together = as_matrix(InverseBFGS(many, Pairs.of(many, steps, changes)))
     for task in range(3):
-        alone = as_matrix(InverseBFGS(IdentityOperator(9), steps[:, task], changes[:, task]))
+        alone = as_matrix(InverseBFGS(one, Pairs.of(one, steps[:, task], changes[:, task])))
         torch.testing.assert_close(together[task], alone, rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(as_matrix(InverseBFGS(IdentityOperator(9), steps[:0, 0], changes[:0, 0])), torch.eye(9))
+    torch.testing.assert_close(as_matrix(InverseBFGS(one, Pairs.none(steps[0, 0]))), torch.eye(9))
+    scale = torch.tensor([2.0, 3.0, 4.0])
+    changes[:, 1] = -changes[:, 1]  # no good pair is left in the second system
+    scaled = as_matrix(InverseBFGS(many, Pairs.of(many, steps, changes), scale=scale))
+    torch.testing.assert_close(scaled[1], 3.0 * torch.eye(9))
+    torch.testing.assert_close(scaled[0], together[0], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(9,), (2, 9)], ids=str)
+def test_inner_products_of_pairs_are_kept_up_to_date(shape):
+    like, pairs = IdentityOperator(9, shape[:-1]), Pairs.none(torch.zeros(shape))
+    steps, changes = normal(7, *shape, seed=44), normal(7, *shape, seed=45)
+    for count, (step, change) in enumerate(zip(steps, changes, strict=True), start=1):
+        pairs = pairs.append(step, change, 4)
+        expected = Pairs.of(like, steps[max(count - 4, 0) : count], changes[max(count - 4, 0) : count])
+        for one, other in zip(
+            pairs._replace(products=pairs.products.triu()),
+            expected._replace(products=expected.products.triu()),
+            strict=True,
+        ):
+            torch.testing.assert_close(one, other)
+
+
+def test_one_pair_may_be_all_that_is_kept():
+    pairs = (
+        Pairs.none(torch.zeros(3)).append(torch.ones(3), torch.ones(3), 1).append(torch.ones(3), 2 * torch.ones(3), 1)
+    )
+    assert pairs.products.tolist() == [[6.0]] and pairs.lengths.tolist() == [12.0] and len(pairs.steps) == 1
 
 
 def test_pairs_of_a_long_history_and_a_base_save_products():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,34 +12,44 @@ from bilevel.linalg.operator import POSITIVE_DEFINITE, LinearOperator
 from bilevel.linalg.system import columns
 
 
-def two_loop(vector: Tensor, steps: Tensor, changes: Tensor, scale: Tensor) -> Tensor:
-    """The inverse Hessian approximation times a vector; a pair with `s'y <= 0` acts as if it were not there.
+class Pairs(NamedTuple):
+    """Curvature pairs, oldest first, with their inner products, which are made once for each new pair.
 
-    The approximation starts from `s'y / y'y` of the newest pair times the identity. Right for an optimiser, whose pairs change
-    in each step; a preconditioner, whose pairs stay, is cheaper as an `InverseBFGS`.
-
-    Args:
-        vector: `(*batch, n)`.
-        steps: `s`, differences of the point, oldest first, `(m, *batch, n)`.
+    Attributes:
+        steps: `s`, differences of the point, `(m, *batch, n)`.
         changes: `y`, differences of the gradient, likewise.
-        scale: multiple of the identity for systems without a pair, `(*batch,)`.
-
-    Reference: Nocedal (1980), "Updating quasi-Newton matrices with limited storage".
+        products: `s_i' y_j` for `i <= j`, `(*batch, m, m)`; what is below the diagonal does not count.
+        lengths: `y_i' y_i`, `(*batch, m)`.
     """
-    curvature, length = (torch.linalg.vecdot(one, changes) for one in (steps, changes))  # (m, *batch)
-    good = _good(curvature, length)
-    rho = torch.where(good, 1.0 / torch.where(good, curvature, 1.0), 0.0).unsqueeze(-1)
-    result, weights = vector, []
-    for index in reversed(range(len(steps))):
-        weight = rho[index] * torch.linalg.vecdot(steps[index], result).unsqueeze(-1)
-        result = result - weight * changes[index]
-        weights.append(weight)
-    result = columns(_scale(curvature, length, scale)) * result
-    for index, weight in enumerate(reversed(weights)):
-        result = (
-            result + (weight - rho[index] * torch.linalg.vecdot(changes[index], result).unsqueeze(-1)) * steps[index]
-        )
-    return result
+
+    steps: Tensor
+    changes: Tensor
+    products: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def none(cls, like: Tensor) -> Pairs:
+        """No pair yet, for points `(*batch, n)`."""
+        batch = like.shape[:-1]
+        empty = like.new_zeros(0, *like.shape)
+        return cls(empty, empty, like.new_zeros(*batch, 0, 0), like.new_zeros(*batch, 0))
+
+    @classmethod
+    def of(cls, operator: LinearOperator, steps: Tensor, changes: Tensor) -> Pairs:
+        """Those of two lists, in an operator's inner product."""
+        lengths = operator.inner(changes, changes).movedim(0, -1)
+        return cls(steps, changes, gram(operator, steps, changes), lengths)
+
+    def append(self, step: Tensor, change: Tensor, size: int) -> Pairs:
+        """With one more, `(*batch, n)` each, and without the oldest where there would be more than `size`."""
+        kept = slice(max(len(self.steps) + 1 - size, 0), None)
+        steps, changes = torch.cat([self.steps[kept], step[None]]), torch.cat([self.changes[kept], change[None]])
+        column = (steps.movedim(0, -2) @ change.unsqueeze(-1)).squeeze(-1)  # the new row is below the diagonal
+        products = torch.nn.functional.pad(self.products[..., kept, kept], (0, 0, 0, 1))
+        products = torch.cat([products, column.unsqueeze(-1)], -1)
+        length = torch.linalg.vecdot(change, change).unsqueeze(-1)
+        lengths = torch.cat([self.lengths[..., kept], length], -1)
+        return Pairs(steps, changes, products, lengths)
 
 
 class InverseBFGS(LinearOperator):
@@ -52,9 +64,9 @@ class InverseBFGS(LinearOperator):
 
     Args:
         like: an operator on the same vectors; its shape and its inner product are taken over.
-        steps: `s`, oldest first, `(m, *batch, n)`.
-        changes: `y`, `(m, *batch, n)`.
+        pairs: `s` and `y` with their inner products.
         initial: `H_0`, symmetric positive definite; None starts from `s'y / y'y` of the newest pair times the identity.
+        scale: multiple of the identity for systems without a pair, `(*batch,)`; one where it is None.
 
     Reference: Byrd, Nocedal and Schnabel (1994), "Representations of quasi-Newton matrices and their use in limited memory
         methods".
@@ -62,26 +74,30 @@ class InverseBFGS(LinearOperator):
     Example:
         >>> from bilevel.linalg import IdentityOperator
         >>> step = torch.tensor([[1.0, 0.0]])
-        >>> InverseBFGS(IdentityOperator(2), step, 4 * step).mv(torch.tensor([4.0, 4.0]))
+        >>> like = IdentityOperator(2)
+        >>> InverseBFGS(like, Pairs.of(like, step, 4 * step)).mv(torch.tensor([4.0, 4.0]))
         tensor([1., 1.])
     """
 
     def __init__(
-        self, like: LinearOperator, steps: Tensor, changes: Tensor, initial: LinearOperator | None = None
+        self,
+        like: LinearOperator,
+        pairs: Pairs,
+        initial: LinearOperator | None = None,
+        scale: Tensor | None = None,
     ) -> None:
-        """Make the small matrices; see the class."""
-        self.like, self.initial = like, initial
+        """Make the small matrix; see the class."""
+        self.like, self.initial, self.steps, self.changes = like, initial, pairs.steps, pairs.changes
         self.shape, self.batch_shape = like.shape, like.batch_shape
         self.dtype, self.device, self.tags = like.dtype, like.device, POSITIVE_DEFINITE
-        curvature, length = like.inner(steps, changes), like.inner(changes, changes)
-        good = _good(curvature, length)
-        self.scale = _scale(curvature, length, torch.ones(like.batch_shape, dtype=like.dtype, device=like.device))
-        # Pairs of length one: R is then as well conditioned as the pairs allow.
-        size = torch.where(good, torch.where(good, curvature, 1.0).rsqrt(), 0.0).unsqueeze(-1)
-        self.steps, self.changes = size * steps, size * changes
-        products = gram(like, self.steps, self.changes)  # (*batch, m, m)
-        bad = (~good).movedim(0, -1).to(like.dtype)
-        self.upper = products.triu(1) + torch.diag_embed(torch.diagonal(products, dim1=-2, dim2=-1) + bad)
+        curvature = torch.diagonal(pairs.products, dim1=-2, dim2=-1)
+        good = curvature > torch.finfo(like.dtype).eps * pairs.lengths  # beyond rounding
+        one = torch.ones(like.batch_shape, dtype=like.dtype, device=like.device)
+        self.scale = _scale(curvature, pairs.lengths, good, one if scale is None else scale)
+        # Pairs of length one: R is then as well conditioned as the pairs allow, and its diagonal is one.
+        self.size = torch.where(good, torch.where(good, curvature, 1.0).rsqrt(), 0.0)  # (*batch, m)
+        scaled = self.size.unsqueeze(-1) * pairs.products * self.size.unsqueeze(-2)
+        self.upper = scaled.triu(1) + torch.eye(scaled.shape[-1], dtype=like.dtype, device=like.device)
 
     def mv(self, vector: Tensor) -> Tensor:
         """The product: four sweeps over the pairs and one product with `H_0`."""
@@ -100,14 +116,14 @@ class InverseBFGS(LinearOperator):
         return torch.linalg.solve_triangular(matrix, weights.unsqueeze(-1), upper=not transposed).squeeze(-1)
 
     def _against(self, vectors: Tensor, vector: Tensor) -> Tensor:
-        """Inner products of the list with a vector, `(*extra, *batch, m)`."""
+        """Inner products of the scaled list with a vector, `(*extra, *batch, m)`."""
         if vector.ndim == vectors.ndim - 1:
-            return gram(self.like, vectors, vector.unsqueeze(0)).squeeze(-1)
+            return self.size * gram(self.like, vectors, vector.unsqueeze(0)).squeeze(-1)
         return torch.stack([self._against(vectors, one) for one in vector])
 
     def _towards(self, vectors: Tensor, weights: Tensor) -> Tensor:
-        """The combination of the list, `(*extra, *batch, n)`."""
-        return combine(vectors, weights.unsqueeze(-1)).squeeze(0)
+        """The combination of the scaled list, `(*extra, *batch, n)`."""
+        return combine(vectors, (self.size * weights).unsqueeze(-1)).squeeze(0)
 
     def transpose(self) -> LinearOperator:
         """Itself."""
@@ -118,14 +134,10 @@ class InverseBFGS(LinearOperator):
         return self.like.inner(u, v)
 
 
-def _good(curvature: Tensor, length: Tensor) -> Tensor:
-    """Which pairs show positive curvature, beyond rounding."""
-    return curvature > torch.finfo(curvature.dtype).eps * length
-
-
-def _scale(curvature: Tensor, length: Tensor, otherwise: Tensor) -> Tensor:
+def _scale(curvature: Tensor, lengths: Tensor, good: Tensor, otherwise: Tensor) -> Tensor:
     """`s'y / y'y` of the newest good pair, `(*batch,)`."""
-    scale, good = otherwise, _good(curvature, length)
-    for index in range(len(curvature)):
-        scale = torch.where(good[index], curvature[index] / torch.where(good[index], length[index], 1.0), scale)
-    return scale
+    if not good.shape[-1]:
+        return otherwise
+    newest = (good * torch.arange(1, good.shape[-1] + 1, device=good.device)).argmax(-1, keepdim=True)
+    ratio = curvature.gather(-1, newest) / lengths.gather(-1, newest)
+    return torch.where(good.any(-1), ratio.squeeze(-1), otherwise)

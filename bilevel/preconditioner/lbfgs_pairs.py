@@ -8,6 +8,7 @@ import torch
 
 from bilevel.errors import UsageError
 from bilevel.linalg import InverseBFGS, LinearOperator
+from bilevel.linalg.lbfgs import Pairs
 from bilevel.linearisation import Linearisation
 from bilevel.preconditioner.base import Preconditioner, Prepared, State
 from bilevel.solvers import InnerSolution
@@ -79,4 +80,4 @@ def has_pairs(inner: InnerSolution) -> bool:
 
 
 def _corrected(at: Linearisation, state: State, initial: LinearOperator | None) -> LinearOperator:
-    return InverseBFGS(at.operator, state[STEPS], state[CHANGES], initial)
+    return InverseBFGS(at.operator, Pairs.of(at.operator, state[STEPS], state[CHANGES]), initial)

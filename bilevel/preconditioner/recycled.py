@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bilevel.linalg import InverseBFGS, LinearOperator, Tag
+from bilevel.linalg.lbfgs import Pairs
 from bilevel.preconditioner.base import State
 
 STEPS, CHANGES = "recycled.steps", "recycled.changes"
@@ -28,7 +29,7 @@ def corrected(initial: LinearOperator | None, like: LinearOperator, state: State
     """
     if STEPS not in state or Tag.symmetric not in like.tags:
         return initial
-    return InverseBFGS(like, state[STEPS], state[CHANGES], initial)
+    return InverseBFGS(like, Pairs.of(like, state[STEPS], state[CHANGES]), initial)
 
 
 def learnt(state: State, vectors: Tensor, products: Tensor, size: int) -> State:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import UsageError
-from bilevel.linalg.lbfgs import two_loop
+from bilevel.linalg import IdentityOperator, InverseBFGS
+from bilevel.linalg.lbfgs import Pairs
 from bilevel.solvers.line_search import Point, search
 from bilevel.solvers.objective import Hparams, Objective
 from bilevel.solvers.solver import InnerSolver, State, fresh_state, row_norm
@@ -52,9 +53,8 @@ class LBFGS(InnerSolver):
         """Value and gradient at the start; no pairs."""
         with torch.no_grad():
             value, gradient = loss.value_and_gradient(params, hparams)
-        empty = params.new_zeros(0, *params.shape)
         size = row_norm(gradient)
-        state = {**fresh_state(params), "value": value, "gradient": gradient, "s": empty, "y": empty}
+        state = {**fresh_state(params), "value": value, "gradient": gradient, **_kept(Pairs.none(params))}
         return {
             **state,
             "stationarity": size,
@@ -63,21 +63,26 @@ class LBFGS(InnerSolver):
         }
 
     def step(self, params: Tensor, state: State, loss: Objective, hparams: Hparams) -> tuple[Tensor, State]:
-        """Two-loop recursion and a line search."""
+        """A product with the approximate inverse Hessian, and a line search."""
         with torch.no_grad():
             start = Point(params, state["value"], state["gradient"])
             scale = 1.0 / row_norm(start.gradient).clamp(min=1.0)  # before there is a pair: a step of length 1 at most
-            direction = -two_loop(start.gradient, state["s"], state["y"], scale)
+            pairs = Pairs(state["s"], state["y"], state["sy"], state["yy"])
+            like = IdentityOperator(params.shape[-1], params.shape[:-1], dtype=params.dtype, device=params.device)
+            direction = -InverseBFGS(like, pairs, scale=scale).mv(start.gradient)
             end, moved, trials = search(loss, start, direction, hparams)
-            s, y = end.params - start.params, end.gradient - start.gradient
-            keep = slice(-self.history, None)
+            pairs = pairs.append(end.params - start.params, end.gradient - start.gradient, self.history)
             return end.params, {
                 **state,
                 "value": end.value,
                 "gradient": end.gradient,
-                "s": torch.cat([state["s"], s.unsqueeze(0)])[keep],
-                "y": torch.cat([state["y"], y.unsqueeze(0)])[keep],
+                **_kept(pairs),
                 "stationarity": row_norm(end.gradient),
                 "num_gradients": state["num_gradients"] + trials,
                 "stuck": ~moved.any(),
             }
+
+
+def _kept(pairs: Pairs) -> State:
+    """The pairs' part of the state."""
+    return {"s": pairs.steps, "y": pairs.changes, "sy": pairs.products, "yy": pairs.lengths}
