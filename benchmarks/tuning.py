@@ -1,6 +1,6 @@
 """The experiment digits_mlp with nothing tuned beside its hand-tuned rivals, and a picture.
 
-    python -m benchmarks.tuning            (half an hour on two cores: the tuning is what takes it)
+    python -m benchmarks.tuning            (an hour on two cores: the tuning is what takes it)
 
 For the rivals the tuning is done here: conjugate gradient with a fixed number of steps K and a damping alpha added to the
 Hessian, and the Neumann series with K terms and step size alpha, both from zero in every outer step, as iMAML and the
