@@ -454,6 +454,15 @@ def test_the_latest_directions_are_kept_and_solved_exactly():
     assert corrected(None, MatrixOperator(torch.eye(40)), state) is None  # not known to be symmetric
 
 
+def test_a_product_that_is_not_finite_spoils_no_later_solve():
+    like, vectors = DiagonalOperator(torch.logspace(-3, 0, 40), POSITIVE_DEFINITE), torch.eye(40)[:3]
+    products = like.mv(vectors)
+    products[1, 7] = torch.nan
+    operator = corrected(None, like, learnt({}, vectors, products, 50))
+    torch.testing.assert_close(operator.mv(products[2]), vectors[2])
+    assert operator.mv(torch.ones(40)).isfinite().all()
+
+
 def test_a_span_that_is_everything_is_not_recycled():
     everything = torch.eye(7)
     assert learnt({}, everything, everything, 50) == {}

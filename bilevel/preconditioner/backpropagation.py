@@ -87,7 +87,7 @@ def backpropagate(at: Linearisation, num_samples: int | None, seed: int) -> Back
     gradients = [_pull(outputs, column, added) for column in live]
     maps = _maps(uses, [torch.stack(of_use) for of_use in zip(*gradients, strict=True)], nb)
     diagonal, num_passes = torch.zeros_like(point), len(live) + 1
-    covered = _covered(maps, point)
+    covered = _covered([one.index for one in maps], point)
     if not bool(covered.all()):
         # Random signs make the cross terms of a squared gradient vanish in the mean: what stays is the diagonal.
         mixed = _mixed(root, NUM_PROBES, source)
@@ -110,9 +110,7 @@ def num_passes(at: Linearisation, num_samples: int | None) -> float:
         return math.inf
     if outputs.ndim == problem.num_batch:
         return math.inf
-    covered = torch.zeros(point.shape[-1], dtype=torch.bool, device=point.device)
-    for use in uses:
-        covered[_index(use).flatten()] = True
+    covered = _covered([_index(use) for use in uses], point)
     if float(covered.double().mean()) < COVERED:
         return math.inf
     shape = outputs.shape[problem.num_batch :]
@@ -189,11 +187,11 @@ def _root(loss: Callable[[Tensor], Tensor], flat: Tensor, num_examples: int) -> 
     return vectors * values.sqrt().unsqueeze(-2)
 
 
-def _covered(maps: list[LinearMap], point: Tensor) -> Tensor:
-    """Which parameters belong to a linear map, `(n,)`."""
+def _covered(indices: list[Tensor], point: Tensor) -> Tensor:
+    """Which parameters belong to the linear maps of these positions, `(n,)`."""
     mask = torch.zeros(point.shape[-1], dtype=torch.bool, device=point.device)
-    for one in maps:
-        mask[one.index.flatten()] = True
+    for index in indices:
+        mask[index.flatten()] = True
     return mask
 
 

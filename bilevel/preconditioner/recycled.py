@@ -33,7 +33,7 @@ def corrected(initial: LinearOperator | None, like: LinearOperator, state: State
 
 
 def learnt(state: State, vectors: Tensor, products: Tensor, size: int) -> State:
-    """The latest `size` pairs, those of a solve after those of the ones before.
+    """The latest `size` pairs, those of a solve after those of the ones before; one that is not finite becomes zeros, no pair.
 
     Args:
         state: what it returned the last time; empty at first.
@@ -43,5 +43,8 @@ def learnt(state: State, vectors: Tensor, products: Tensor, size: int) -> State:
     """
     if vectors.shape[-2] >= vectors.shape[-1]:
         return {}
-    new = {STEPS: vectors.movedim(-2, 0), CHANGES: products.movedim(-2, 0)}
+    finite = (vectors.isfinite() & products.isfinite()).all(-1, keepdim=True)
+    new = {
+        name: torch.where(finite, part, 0.0).movedim(-2, 0) for name, part in ((STEPS, vectors), (CHANGES, products))
+    }
     return {name: torch.cat([state[name], part] if name in state else [part])[-size:] for name, part in new.items()}
