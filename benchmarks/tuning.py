@@ -1,6 +1,6 @@
 """The experiment digits_mlp with nothing tuned beside its hand-tuned rivals, and a picture.
 
-    python -m benchmarks.tuning            (an hour on two cores: the tuning is what takes it)
+    python -m benchmarks.tuning            (70 minutes on two cores: the tuning is what takes them)
 
 For the rivals the tuning is done here: conjugate gradient with a fixed number of steps K and a damping alpha added to the
 Hessian, and the Neumann series with K terms and step size alpha, both from zero in every outer step, as iMAML and the
@@ -9,6 +9,9 @@ experiment's, with one difference in favour of the rivals: their inner problems 
 
 Every run starts from random weights, and the figures of a setting are means over several. All settings are tried on a few
 starts, the best ones of each rival on some more, and the best one of those is judged on starts that nothing was chosen by.
+There each start is a pair: the loss of the one over the loss of the other, from the same weights. Settings that are equally
+good differ by chance in every figure, so the claims are about the 95 % interval of the mean (geometric) ratio: that it
+reaches down to 1 (the other is not better by more than chance) and that it ends below 1.05 (enough starts to say so).
 """
 
 from __future__ import annotations
@@ -20,11 +23,13 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import product
+from math import exp, log
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from scipy import stats
 from torch import Tensor
 
 from benchmarks.common import Claim, Row, finish, parse, table
@@ -43,8 +48,9 @@ STEPS = {CG: (10, 20, 50, 100, 200), NEUMANN: (50, 200, 1000)}
 ALPHAS = {CG: (0.0, 1e-5, 1e-4, 1e-3), NEUMANN: (1.0, 0.3)}
 TRIED = range(10, 14)  # starts that every setting is tried on
 FINALS, FINALISTS = range(14, 22), 3  # further starts for the best few settings of each rival
-JUDGED = range(100, 116)  # starts that nothing was chosen by
+JUDGED = range(100, 132)  # starts that nothing was chosen by
 SHARE = 0.5  # of the products of the best setting
+MARGIN = 1.05  # ratio of two losses below which they count as the same
 
 
 @dataclass(frozen=True)
@@ -210,13 +216,57 @@ def tune(runs: Runs, grid: Sequence[Setting], starts: Sequence[Sequence[int]]) -
     return tried, judged
 
 
-def claims_of(judged: Sequence[Mean]) -> list[Claim]:
-    """`AUTO`, the first, against each of the others."""
-    auto, *rivals = judged
+@dataclass(frozen=True)
+class Pairs:
+    """Validation losses of two settings from the same starts, and the 95 % interval of their mean ratio.
+
+    Attributes:
+        one: the numerator.
+        other: the denominator.
+    """
+
+    one: Mean
+    other: Mean
+
+    @property
+    def interval(self) -> tuple[float, float, float]:
+        """Geometric mean of the ratios and the ends of its interval, by Student's t for the mean of their logarithms.
+
+        Raises:
+            ValueError: the two did not run from the same starts, or from one only.
+        """
+        losses = [{run["seed"]: run["validation loss"] for run in mean.runs} for mean in (self.one, self.other)]
+        if losses[0].keys() != losses[1].keys() or len(losses[0]) < 2:
+            raise ValueError(f"paired starts, two or more: got {sorted(losses[0])} and {sorted(losses[1])}")
+        logs = [log(losses[0][seed] / losses[1][seed]) for seed in losses[0]]
+        test = stats.ttest_1samp(logs, 0.0).confidence_interval(0.95)
+        return exp(statistics.fmean(logs)), exp(test.low), exp(test.high)
+
+    @property
+    def row(self) -> Row:
+        """A line of the table."""
+        mean, low, high = self.interval
+        return {
+            "over": str(self.other.setting), "loss ratio": mean, "from": low, "to": high,
+            "products ratio": self.one.of("products") / self.other.of("products"),
+        }  # fmt: skip
+
+
+def compare(judged: Sequence[Mean]) -> list[Row]:
+    """`AUTO`, the first, over each of the others."""
+    return [Pairs(judged[0], rival).row for rival in judged[1:]]
+
+
+def claims_of(compared: Iterable[Row]) -> list[Claim]:
+    """What is said of `AUTO`: as good a loss, with half of the products."""
     claims = []
-    for rival in rivals:
-        for name, figure, target in (("validation loss", "validation loss", 1.0), ("products", "products", SHARE)):
-            claims.append(Claim(f"{name} of {AUTO} over {rival.setting}'s", auto.of(figure) / rival.of(figure), target))
+    for row in compared:
+        pair = f"{AUTO} over {row['over']}"
+        claims += [
+            Claim(f"{pair}: validation loss, lower end of the 95 % interval", row["from"], 1.0),
+            Claim(f"{pair}: validation loss, upper end", row["to"], MARGIN),
+            Claim(f"{pair}: products", row["products ratio"], SHARE),
+        ]
     return claims
 
 
@@ -260,16 +310,18 @@ def main(argv: list[str] | None = None) -> int:
     if options.quick:
         grid, starts = (
             [setting for setting in grid if setting.num_steps == STEPS[setting.method][0]],
-            ((0,), (1,), (2,)),
+            ((0,), (1,), (2, 3)),
         )
         keys = ("trainer.num_steps=2",)
     with ProcessPoolExecutor(1 if options.quick else 2, mp_context=get_context("spawn")) as pool:
         runs = Runs(pool, keys)
         tried, judged = tune(runs, grid, starts)
+    compared = compare(judged)
+    print(f"\n{AUTO} over the best one of each, start by start\n{table(compared)}")
     if options.json is not None:
         draw(tried, judged, options.json.with_suffix(".png"))
     rows = [{"stage": stage, **mean.row} for stage, means in (("tried", tried), ("judged", judged)) for mean in means]
-    return finish(options, rows, claims_of(judged), {"runs": runs.rows})
+    return finish(options, rows, claims_of(compared), {"compared": compared, "runs": runs.rows})
 
 
 if __name__ == "__main__":
