@@ -119,7 +119,7 @@ def outcomes(problem, estimators, offset=0.0, solver=None, truth=None, stop=None
         with torch.no_grad():
             params = run(inner, flat.objective(batches.curvature), torch.zeros_like(solution), hparams).params
     at = linearise(flat, LBFGS(), params, hparams, batches.curvature)
-    watched = estimators[0][0].watch(at.operator)
+    watched = WatchedOperator(at.operator, estimators[0][0].memory)
     _, rhs, direct = outer_gradients(flat, params, hparams, batches)
     adjoint = solver.compute(solver.init(watched), rhs).value
     gradient = {"penalty": direct["penalty"] - at.mixed(adjoint)["penalty"]}
@@ -155,7 +155,7 @@ def test_the_linear_part_alone_is_exact_once_the_span_is_full():
     hparams, batches = problem.init_hparams(), StepBatches(problem, 0)
     flat, (solution, exact) = FlatProblem.of(problem, hparams), problem.exact()
     at = linearise(flat, LBFGS(), solution, hparams)
-    watched = EXACT.watch(at.operator)
+    watched = WatchedOperator(at.operator, EXACT.memory)
     at = dataclasses.replace(at, operator=watched)  # then everything that solves with it is watched
     _, rhs, _ = outer_gradients(flat, solution, hparams, batches)
     adjoint = ConjugateGradient(rtol=1e-12).compute(watched, rhs).value
@@ -293,7 +293,7 @@ def test_an_unsymmetric_operator_has_no_estimate():
     flat, point = FlatProblem.of(problem, hparams), torch.ones(2, dtype=DTYPE)
     at = linearise(flat, GradientDescent(), point, hparams)
     _, rhs, _ = outer_gradients(flat, point, hparams, batches)
-    watched = ErrorEstimator().watch(at.operator)
+    watched = WatchedOperator(at.operator, ErrorEstimator().memory)
     adjoint = GMRES().compute(watched.transpose(), rhs).value
     solved = Solved(watched, rhs, adjoint, at.mixed(adjoint))
     estimate = ErrorEstimator().estimate(at, GradientDescent(), batches, solved, 1.0)

@@ -36,7 +36,7 @@ from torch.autograd import grad
 from bilevel.errors import UsageError
 from bilevel.flat import StepBatches
 from bilevel.hypergradient.method import outer_gradients
-from bilevel.linalg import LinearOperator, Tag
+from bilevel.linalg import Tag
 from bilevel.linalg.recycling import Subspace, WatchedOperator
 from bilevel.linearisation import Linearisation, linearise
 from bilevel.solvers import InnerSolver
@@ -82,7 +82,7 @@ class Solved:
     """What the linear solve behind a hypergradient came to.
 
     Attributes:
-        watched: what `ErrorEstimator.watch` made of the Hessian, after the solve.
+        watched: the Hessian that the linear solver was given, with what it remembers of the solve.
         rhs: `b`, the outer gradient with respect to params, `(*batch, n)`.
         adjoint: `y`, what the solver returned.
         gradient: the hypergradient, `∂L/∂θ - M^T y`, by names.
@@ -112,7 +112,7 @@ class ErrorEstimator:
     Args:
         fraction: largest cost, over the products of the linear solve; a short solve is charged at least one pass, and
             `CORRECTION` passes where the inner error matters.
-        memory: number of products of the linear solve to remember, two vectors each.
+        memory: number of products of the linear solve to remember (by a `WatchedOperator`), two vectors each.
         trust: factor of what was computed.
         doubt: factor of what is left over.
 
@@ -126,6 +126,7 @@ class ErrorEstimator:
     Example:
         >>> from bilevel.flat import FlatProblem
         >>> from bilevel.linalg import ConjugateGradient
+        >>> from bilevel.linalg.recycling import WatchedOperator
         >>> from bilevel.linearisation import linearise
         >>> from bilevel.problem import Problem
         >>> from bilevel.solvers import LBFGS
@@ -144,7 +145,7 @@ class ErrorEstimator:
         >>> at = linearise(flat, LBFGS(), found, hparams)
         >>> _, rhs, _ = outer_gradients(flat, found, hparams, batches)
         >>> estimator = ErrorEstimator()
-        >>> watched = estimator.watch(at.operator)
+        >>> watched = WatchedOperator(at.operator, estimator.memory)
         >>> adjoint = ConjugateGradient().compute(watched, rhs).value
         >>> gradient = {"penalty": -at.mixed(adjoint)["penalty"]}
         >>> estimate = estimator.estimate(at, LBFGS(), batches, Solved(watched, rhs, adjoint, gradient), 2.0 * 3.0)
@@ -167,10 +168,6 @@ class ErrorEstimator:
             raise UsageError(
                 f"ErrorEstimator needs trust >= 1 and doubt >= 0, but got trust={self.trust} and doubt={self.doubt}."
             )
-
-    def watch(self, operator: LinearOperator) -> WatchedOperator:
-        """The operator to hand to the linear solver, so that its products are remembered."""
-        return WatchedOperator(operator, self.memory)
 
     def estimate(
         self,
