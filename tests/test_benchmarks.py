@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.common import Claim, finish, interleaved, machine, parse, table
+from benchmarks.tuning import AUTO, CG, Mean, Setting, claims_of, compare
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -145,3 +146,42 @@ def test_a_turn_lasts_until_the_processor_is_awake_and_its_last_call_counts():
         {"a": call}, 1, pause=0.0, awake=0.12
     )  # the first call is a warm-up, the next three are timed
     assert len(starts) >= 4 and starts[-1] - starts[1] >= 0.08 and seconds["a"] < 0.05
+
+
+# --- losses from the same starts --------------------------------------------------------------------------------------
+
+
+def mean(setting, losses, products, first=0):
+    runs = ({"seed": first + n, "validation loss": loss, "products": products} for n, loss in enumerate(losses))
+    return Mean(setting, tuple(runs))
+
+
+RIVAL = Setting(CG, 50, 0.0)
+SPREAD = [1.0, 2.0, 0.5, 1.5, 3.0, 0.7, 1.2, 0.9]  # of the starts: pairs do not see it
+CHANCE = [1.04, 0.97, 1.02, 0.98, 1.03, 0.96, 1.01, 0.99]
+
+
+@pytest.mark.parametrize(
+    ("factor", "chance", "products", "met"),
+    [
+        (1.0, 1.0, 400, [True, True, True]),
+        (0.9, 1.0, 400, [True, True, True]),  # better
+        (1.03, 0.5, 400, [False, True, True]),  # worse by more than chance
+        (1.0, 4.0, 400, [True, False, True]),  # too few starts to tell
+        (1.3, 1.0, 400, [False, False, True]),
+        (1.0, 1.0, 600, [True, True, False]),
+    ],
+)
+def test_the_claims_of_the_tuning_judge_the_interval_of_a_paired_ratio(factor, chance, products, met):
+    losses = [factor * loss * luck**chance for loss, luck in zip(SPREAD, CHANCE, strict=True)]
+    compared = compare([mean(Setting(AUTO), losses, products), mean(RIVAL, SPREAD, 1000)])
+    assert [claim.met for claim in claims_of(compared)] == met
+    row = compared[0]
+    expected = factor * math.prod(CHANCE) ** (chance / 8)
+    assert row["from"] < row["loss ratio"] < row["to"] and row["loss ratio"] == pytest.approx(expected)
+
+
+def test_a_ratio_needs_the_same_starts():
+    one, other = mean(Setting(AUTO), SPREAD, 1), mean(RIVAL, SPREAD, 1, first=1)
+    with pytest.raises(ValueError, match="paired starts"):
+        compare([one, other])
