@@ -53,3 +53,8 @@ class Result(Enum):
     def successful(self) -> bool:
         """True when the answer is what was asked for (a spent budget is)."""
         return self in (Result.converged, Result.budget_spent, Result.least_squares)
+
+    @property
+    def usable(self) -> bool:
+        """False where the answer says nothing of the solution, and must not be applied."""
+        return self not in (Result.diverged, Result.nonfinite)

@@ -10,7 +10,16 @@ import torch
 from bilevel import Positive, Problem, fit
 from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem, StepBatches
-from bilevel.hypergradient import AdaptiveAccuracy, FixedAccuracy, Implicit, Unrolled, differentiate, start_method
+from bilevel.hypergradient import (
+    AdaptiveAccuracy,
+    DecreasingAccuracy,
+    FixedAccuracy,
+    Implicit,
+    ImplicitUpdate,
+    Unrolled,
+    differentiate,
+    start_method,
+)
 from bilevel.hypergradient.accuracy import INNER, LINEAR
 from bilevel.linalg import POSITIVE_DEFINITE, ConjugateGradient, DenseCholesky, DiagonalOperator, MatrixOperator
 from bilevel.linearisation import linearise
@@ -60,6 +69,15 @@ class Logistic(Problem):
 
     def lower_curvature(self, hparams):
         return float(hparams["penalty"].min())
+
+
+class Root(Logistic):
+    """The same solution as that of an optimality, which no error estimate is known for."""
+
+    def optimality(self, params, hparams, batch):
+        w = params["w"]
+        slope = -self.y * torch.sigmoid(-self.y * (self.x @ w))
+        return {"w": self.x.T @ slope / len(self.x) + hparams["penalty"] * w}
 
 
 AUTO = Implicit.auto()
@@ -159,10 +177,59 @@ def test_an_adaptive_run_costs_less_than_a_tight_one_and_gets_as_far():
     assert runs[0].summary["work"]["products"] < 0.5 * runs[1].summary["work"]["products"]
 
 
-def test_any_method_can_have_an_accuracy():
-    method = Unrolled(accuracy=AdaptiveAccuracy(first_inner=0.5))
-    (result,) = steps(Logistic(20), method, 1, GradientDescent(learning_rate=1.0, atol=0.0, max_steps=500))
-    assert result.receipt.inner_result == "converged" and result.receipt.inner_steps < 500
+def test_any_method_can_have_tolerances_that_decrease_to_the_solvers_own():
+    accuracy = DecreasingAccuracy(first_inner=0.5, first_linear=0.2, decay=0.1, last_linear=1e-4)
+    solver = GradientDescent(learning_rate=1.0, atol=1e-6, max_steps=20_000)
+    for method in (
+        Unrolled(accuracy=accuracy, last=2),
+        Implicit(linear_solver=ConjugateGradient(rtol=1e-9), accuracy=accuracy),
+    ):
+        results = steps(Logistic(20), method, 8, solver)
+        first, *rest = (result.receipt for result in results)
+        assert first.inner_result == "converged" and first.stationarity > 1e-3
+        for number, receipt in enumerate(rest, start=1):
+            asked = max(0.1**number * first.stationarity, 1e-6)
+            assert receipt.stationarity <= asked and receipt.inner_result == "converged"
+        if first.linear_result is not None:
+            asked = [0.2, 0.02, 0.002, 0.0002, 1e-9, 1e-9]
+            for limit, receipt in zip(asked, (first, *rest), strict=False):
+                assert receipt.linear_residual <= limit * 1.001
+            assert first.linear_residual > 1e-9
+
+
+@pytest.mark.parametrize(
+    ("problem", "method"),
+    [
+        (lambda: Logistic(20), Unrolled(accuracy=AdaptiveAccuracy(first_inner=0.5), last=2)),
+        (lambda: Logistic(300), Implicit.auto(error_estimate=None)),
+        (lambda: Logistic(300), ImplicitUpdate(accuracy=AdaptiveAccuracy())),
+        (lambda: Root(300), Implicit.auto()),
+    ],
+    ids=["unrolled", "no estimate", "implicit update", "optimality"],
+)
+def test_where_there_is_no_estimate_the_solvers_own_tolerances_hold(problem, method):
+    solver = GradientDescent(learning_rate=1.0, atol=1e-8, max_steps=50_000)
+    for result in steps(problem(), method, 3, solver):
+        receipt = result.receipt
+        assert math.isnan(receipt.error_estimate)
+        assert receipt.stationarity <= 1e-8 and not receipt.linear_residual > 1e-5
+
+
+def test_a_step_without_an_estimate_ends_the_adapting():
+    (result,) = steps(Logistic(), AUTO, 1)
+    state = AUTO.accuracy.init(result.params)
+    assert AUTO.accuracy.linear_rtol(AUTO.accuracy.update(state, result)) is not None
+    lost = replace(result, receipt=replace(result.receipt, error_estimate=math.nan))
+    assert AUTO.accuracy.update(state, lost) == {}
+    assert AUTO.accuracy.linear_rtol({}) is None and AUTO.accuracy.tighten(LBFGS(atol=1e-7), {}).atol == 1e-7
+
+
+@pytest.mark.parametrize(
+    "options", [{"first_inner": 0.0}, {"first_linear": 1.0}, {"decay": 1.0}, {"last_linear": -1.0}]
+)
+def test_decreasing_needs_numbers_between_zero_and_one(options):
+    with pytest.raises(UsageError, match=f"DecreasingAccuracy needs {next(iter(options))} between 0 and 1"):
+        DecreasingAccuracy(**options)
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,21 @@ import torch
 
 from bilevel import Positive, Problem, fit, hypergradient_at
 from bilevel.errors import ConvergenceWarning, NumericalError, UsageError
-from bilevel.hypergradient import Implicit, Unrolled, unconverged
+from bilevel.hypergradient import Implicit, ImplicitUpdate, Unrolled, unconverged
 from bilevel.hypergradient import negative_curvature as curvature
 from bilevel.hypergradient.negative_curvature import SwitchToMINRES
-from bilevel.linalg import MINRES, ConjugateGradient, DenseCholesky
+from bilevel.linalg import (
+    GMRES,
+    LSMR,
+    MINRES,
+    AutoSolver,
+    BiCGStab,
+    ConjugateGradient,
+    DenseCholesky,
+    DenseLU,
+    NeumannSeries,
+)
+from bilevel.preconditioner import LBFGSPairs
 from bilevel.solvers import LBFGS, GradientDescent
 from bilevel.trainer import Trainer
 from bilevel.trainer.nonfinite import Raise, Skip
@@ -122,13 +133,72 @@ def test_minres_goes_on_where_conjugate_gradient_stops_and_is_exact():
     assert found.receipt.num_mv > alone.receipt.num_mv  # those of conjugate gradient count
 
 
-@pytest.mark.parametrize("solver", [ConjugateGradient(), DenseCholesky(), MINRES()], ids=lambda s: type(s).__name__)
-def test_raise_stops_whatever_the_linear_solver(solver):
+SOLVERS = [
+    ConjugateGradient(rtol=1e-12), DenseCholesky(), MINRES(rtol=1e-12), DenseLU(), GMRES(rtol=1e-12), BiCGStab(rtol=1e-12),
+    LSMR(rtol=1e-12), AutoSolver(rtol=1e-12), AutoSolver(rtol=1e-12, dense_size=0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", [Implicit, ImplicitUpdate], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("estimate", [True, False], ids=["watched", "not watched"])
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
+def test_raise_stops_whatever_the_linear_solver(solver, estimate, method):
+    options = {} if estimate or method is ImplicitUpdate else {"error_estimate": None}
+    policy = method(linear_solver=solver, negative_curvature=curvature.Raise(), **options)
     with pytest.raises(NumericalError, match=r"expected to be positive definite.*has negative curvature.*minres"):
-        evaluate(Saddle(), linear_solver=solver, negative_curvature=curvature.Raise())
+        hypergradient_at(Saddle(), solver=STAY, method=policy)
+    sound = Saddle()
+    sound.diagonal = DIAGONAL.abs()
+    found = hypergradient_at(sound, solver=STAY, method=policy)
+    torch.testing.assert_close(found.gradient["th"], sound.closed_form(), rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("solver", [ConjugateGradient(rtol=1e-12), DenseCholesky()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
+def test_whoever_meets_it_is_exact_after_minres(solver):
+    found = evaluate(Saddle(), linear_solver=solver)
+    torch.testing.assert_close(found.gradient["th"], Saddle().closed_form(), rtol=1e-6, atol=1e-8)
+    assert found.receipt.linear_result == "converged" and found.receipt.curvature_min < 0
+
+
+def test_the_implicit_update_has_the_policies_too():
+    damped = hypergradient_at(Saddle(), solver=STAY, method=ImplicitUpdate(negative_curvature=curvature.Damp()))
+    (reason,) = damped.receipt.biased
+    damping = float(reason.rpartition(" ")[2])
+    torch.testing.assert_close(damped.gradient["th"], Saddle().closed_form(damping), rtol=2e-2, atol=0)
+    net = Net()
+    swap = ImplicitUpdate(linear_solver=ConjugateGradient(rtol=1e-12), negative_curvature=curvature.GaussNewton())
+    expected = evaluate(net, linear_solver=ConjugateGradient(rtol=1e-12), negative_curvature=curvature.GaussNewton())
+    found = hypergradient_at(net, solver=STAY, method=swap)
+    torch.testing.assert_close(found.gradient, expected.gradient, rtol=1e-8, atol=1e-10)
+    with pytest.raises(NumericalError, match="ended with max_steps after 5 steps"):
+        hypergradient_at(Bowl(), solver=SHORT, method=ImplicitUpdate(unconverged=unconverged.Raise()))
+    with pytest.warns(ConvergenceWarning, match="ended with max_steps after 5 steps"):
+        hypergradient_at(Bowl(), solver=SHORT, method=ImplicitUpdate())
+    more = hypergradient_at(
+        Bowl(), solver=SHORT, method=ImplicitUpdate(unconverged=unconverged.MoreSteps(max_rounds=99))
+    )
+    assert more.receipt.inner_result == "converged"
+
+
+def test_damping_that_runs_out_says_that_it_is_not_positive_definite_yet():
+    problem = Saddle()
+    problem.diagonal = torch.tensor([3.0, 1.0, -1e3, -2e3])
+    with pytest.warns(ConvergenceWarning, match="ended with negative_curvature"):
+        found = evaluate(problem, linear_solver=Blunt(), negative_curvature=curvature.Damp(max_rounds=1))
+    assert found.receipt.linear_result == "negative_curvature"
+
+
+class Blunt(DenseLU):
+    """Reports a thousandth of the curvature."""
+
+    def compute(self, state, vector, **options):
+        solution = super().compute(state, vector, **options)
+        return replace(solution, curvature_min=solution.curvature_min / 1000)
+
+
+@pytest.mark.parametrize(
+    "solver", [ConjugateGradient(rtol=1e-12), DenseCholesky(), GMRES(rtol=1e-12)], ids=lambda s: type(s).__name__
+)
 def test_damping_solves_the_damped_system_and_says_so(solver):
     found = evaluate(Saddle(), linear_solver=solver, negative_curvature=curvature.Damp(factor=1.5))
     (reason,) = found.receipt.biased
@@ -186,6 +256,40 @@ def test_damping_that_cannot_grow_is_refused(options):
         curvature.Damp(**options)
 
 
+# --- what is no part ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (
+            lambda: Implicit(linear_solver="cg"),
+            "Implicit needs linear_solver to be a LinearSolver, but got 'cg'.*linear_solver=NAME",
+        ),
+        (lambda: Implicit(linear_solver=MINRES), r"but got the class MINRES: write MINRES\(\)"),
+        (lambda: Implicit(negative_curvature="raise"), "negative_curvature to be a NegativeCurvature"),
+        (lambda: Implicit(unconverged=None), "unconverged to be an Unconverged, but got None"),
+        (lambda: Implicit(compile="yes"), "compile to be true or false, but got 'yes'"),
+        (lambda: Implicit(error_estimate=0.1), "error_estimate to be an ErrorEstimator"),
+        (lambda: Implicit(accuracy="adaptive"), "accuracy to be an Accuracy"),
+        (lambda: ImplicitUpdate(linear_solver="cg"), "ImplicitUpdate needs linear_solver"),
+        (lambda: LBFGSPairs(base="nystrom"), "LBFGSPairs needs base to be a Preconditioner"),
+        (lambda: Trainer(nonfinite="skip"), "Trainer needs nonfinite to be a Nonfinite"),
+        (lambda: Trainer(worthless=Shrink), r"but got the class Shrink: write Shrink\(\)"),
+    ],
+)
+def test_a_text_or_a_class_in_the_place_of_a_part_is_refused(make, said):
+    with pytest.raises(UsageError, match=said):
+        make()
+
+
+def test_annotations_for_type_checkers_only_do_no_harm():
+    class Mine(Implicit):
+        extra: "OnlyForMypy" = 3  # noqa: F821
+
+    assert Mine().extra == 3
+
+
 # --- unconverged inner solves -----------------------------------------------------------------------------------------
 
 
@@ -232,7 +336,8 @@ def test_more_steps_is_one_long_solve():
 
 
 def test_more_steps_ends_after_its_rounds_and_says_so():
-    found = evaluate(Bowl(), solver=SHORT, unconverged=unconverged.MoreSteps(max_rounds=2))
+    with pytest.warns(ConvergenceWarning, match="max_steps after 15 steps.*or more rounds"):
+        found = evaluate(Bowl(), solver=SHORT, unconverged=unconverged.MoreSteps(max_rounds=2))
     assert (
         found.receipt.inner_steps == found.receipt.inner_gradients == 15 and found.receipt.inner_result == "max_steps"
     )
@@ -268,6 +373,40 @@ def test_no_policy_is_asked_of_a_solve_that_ended_as_asked_for(policy, solver, r
 def test_policies_refuse_no_steps(make):
     with pytest.raises(UsageError, match=">= 1, but got 0"):
         make()
+
+
+# --- linear solves that fail --------------------------------------------------------------------------------------------
+
+
+class Stiff(Saddle):
+    """A minimum with many curvatures."""
+
+    diagonal = torch.tensor([3.0, 1.0, 1e-3, 20.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("method", [Implicit, ImplicitUpdate], ids=lambda m: m.__name__)
+def test_a_linear_solve_that_ends_short_is_announced(method):
+    with pytest.warns(
+        ConvergenceWarning, match=r"linear solve.*ended with max_steps after 2 products at a relative residual"
+    ):
+        found = hypergradient_at(Stiff(), solver=STAY, method=method(linear_solver=ConjugateGradient(max_steps=2)))
+    assert found.receipt.linear_result == "max_steps"
+
+
+def test_a_budget_is_as_asked_for(recwarn):
+    evaluate(Stiff(), linear_solver=ConjugateGradient(rtol=None, max_steps=2))
+    assert not [one for one in recwarn if one.category is ConvergenceWarning]
+
+
+@pytest.mark.filterwarnings("ignore::bilevel.errors.ConvergenceWarning")
+def test_a_linear_solve_that_diverges_is_not_applied():
+    method = Implicit(linear_solver=NeumannSeries(step_size=1.0))
+    result = fit(Stiff(), solver=STAY, hypergradient=method, trainer=Trainer(num_steps=9))
+    assert [record["skipped"] for record in result.history] == [True] * 3
+    assert result.history[0]["receipt.linear_result"] == "diverged"
+    assert "none was applied (the linear solve: the iteration diverges" in result.summary["stopped_because"]
+    with pytest.raises(NumericalError, match="but the linear solve ended with diverged"):
+        fit(Stiff(), solver=STAY, hypergradient=method, trainer=Trainer(num_steps=9, nonfinite=Raise()))
 
 
 # --- non-finite hypergradients ----------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Preconditioners against dense matrices: positive definite always, exact where theory says so, counted, reusable."""
 
+import warnings
 from dataclasses import replace
 from functools import partial
 
@@ -15,9 +16,11 @@ from bilevel.hypergradient import Implicit
 from bilevel.linalg import (
     POSITIVE_DEFINITE,
     SYMMETRIC,
+    AutoSolver,
     BlockKroneckerInverse,
     ConjugateGradient,
     DenseCholesky,
+    DenseLU,
     HessianOperator,
     IdentityOperator,
     IdentitySolver,
@@ -34,7 +37,7 @@ from bilevel.linearisation import linearise
 from bilevel.preconditioner import EKFAC, KFAC, AdamSecondMoment, Jacobi, LBFGSPairs, Nystrom
 from bilevel.preconditioner.penalty import penalty_diagonal
 from bilevel.problem import Problem
-from bilevel.solvers import LBFGS, TorchOptimizer, run
+from bilevel.solvers import LBFGS, Adam, TorchOptimizer, run
 
 
 @pytest.fixture(autouse=True)
@@ -463,7 +466,10 @@ def test_what_is_no_plain_product_with_a_parameter_is_left_to_the_diagonal(name)
     function, shapes, num_blocks = OUTSIDE[name]
     targets = normal(30, 4, seed=11) if "group" in name else Y
     at = linearised(Model(function, shapes, X, targets))
-    built = KFAC().build(at, None)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        built = KFAC().build(at, None)
+    assert any("KFAC was expected to find linear maps" in str(one.message) for one in said) == (num_blocks == 0)
     assert len(built.operator.blocks) == num_blocks
     assert_positive_definite(built.operator)
     rest = torch.ones(at.params.shape[-1], dtype=torch.bool)
@@ -620,6 +626,28 @@ def test_adams_second_moment_is_what_adam_divides_by(optimizer):
     moment = inner.state["optimizer"]["state"][0]["exp_avg_sq"] / (1 - 0.95**7)
     diagonal = AdamSecondMoment().build(at, inner).operator.diagonal
     torch.testing.assert_close(1 / diagonal, moment.sqrt() + 1e-8)
+    same = Adam(
+        max_steps=7, learning_rate=0.1, beta2=0.95, weight_decay=0.01 if optimizer is torch.optim.AdamW else 0.0
+    )
+    own = AdamSecondMoment().build(at, solved(problem, same)).operator.diagonal
+    torch.testing.assert_close(own / own.norm(), diagonal / diagonal.norm(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("solver", [DenseCholesky(), DenseLU(), AutoSolver()], ids=lambda one: type(one).__name__)
+def test_direct_solvers_build_no_preconditioner(solver):
+    problem = two_layers(penalty=0.3)
+    hparams = natural_hparams(problem)
+    flat = FlatProblem.of(problem, hparams)
+    method = Implicit(linear_solver=solver, preconditioner=KFAC(), error_estimate=None)
+    receipt = method.compute(
+        flat, LBFGS(max_steps=500), flat.start(hparams), hparams, StepBatches(problem, 0), {}
+    ).receipt
+    assert receipt.setup_mv == 0 and receipt.num_mv == flat.start(hparams).numel()
+    iterative = replace(method, linear_solver=AutoSolver(dense_size=0))
+    receipt = iterative.compute(
+        flat, LBFGS(max_steps=500), flat.start(hparams), hparams, StepBatches(problem, 0), {}
+    ).receipt
+    assert receipt.setup_mv > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -816,7 +844,7 @@ MISTAKES = [
     ),
     (
         lambda: AdamSecondMoment().build(linearised(linear_model()), solved(linear_model(), LBFGS(max_steps=1))),
-        "torch.optim.Adam or AdamW",
+        "inner solve by Adam, but the inner solver's state holds none: use solver=adam",
     ),
     (
         lambda: AdamSecondMoment().build(

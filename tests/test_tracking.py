@@ -203,9 +203,9 @@ def test_a_pipe_gets_about_twenty_aligned_lines(num_steps: int, capsys: pytest.C
 def test_an_early_stop_prints_its_last_step_and_a_skipped_one_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     play(10, stop=8, stopped_because="the loss was not finite.")
     *_, last, news, count, verdict = capsys.readouterr().out.splitlines()
-    assert news == "step 7: skipped, for the hypergradient was not finite or the inner solve diverged"
+    assert news == "step 7: skipped, for the hypergradient was not finite or a solve diverged"
     assert last.split()[0] == "7" and last.endswith("(skipped)")
-    assert count == "1 of 8 steps: skipped, for the hypergradient was not finite or the inner solve diverged"
+    assert count == "1 of 8 steps: skipped, for the hypergradient was not finite or a solve diverged"
     assert verdict.endswith("stopped: the loss was not finite")
 
 

@@ -1,6 +1,6 @@
 """Hypergradient methods: one file a method, all with the contract of `method.py`."""
 
-from bilevel.hypergradient.accuracy import Accuracy, AdaptiveAccuracy, FixedAccuracy
+from bilevel.hypergradient.accuracy import Accuracy, AdaptiveAccuracy, DecreasingAccuracy, FixedAccuracy
 from bilevel.hypergradient.error_estimate import ErrorEstimate, ErrorEstimator
 from bilevel.hypergradient.evaluate import Evaluation, default_solver, hypergradient_at
 from bilevel.hypergradient.finite_difference import FiniteDifference
@@ -17,6 +17,7 @@ __all__ = [
     "SAMA",
     "Accuracy",
     "AdaptiveAccuracy",
+    "DecreasingAccuracy",
     "ErrorEstimate",
     "ErrorEstimator",
     "Evaluation",

@@ -8,16 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel.constraints import Bijections
-from bilevel.errors import UsageError
-from bilevel.flat import FlatProblem, StepBatches, natural_hparams
+from bilevel.flat import FlatProblem, StepBatches, given_hparams
 from bilevel.hypergradient.implicit import Implicit
 from bilevel.hypergradient.method import HypergradientMethod, differentiate, start_method
 from bilevel.hypergradient.paths import check_paths
+from bilevel.hypergradient.trial import bind_solver, check_arguments, report_impurities
 from bilevel.problem import Problem
 from bilevel.receipt import Receipt
 from bilevel.solvers import LBFGS, GradientDescent, InnerSolver
-from bilevel.tree import TensorDict, detach, flatten_names
+from bilevel.tree import TensorDict
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,8 @@ def hypergradient_at(
     Args:
         problem: the problem.
         hparams: where, in natural units, nested or with dotted names; `init_hparams()` by default.
-        method: implicit with conjugate gradient by default.
+        method: implicit with conjugate gradient at its own tolerance by default: `Implicit.auto()`, the default of `fit`,
+            starts loosely and learns from step to step, of which there is one here.
         solver: the inner solver; L-BFGS by default, gradient descent for problems with minibatches.
         step: number of the outer step, which minibatches are a function of.
 
@@ -80,32 +80,19 @@ def hypergradient_at(
         >>> round(float(found.gradient["penalty"]), 4), found.receipt.linear_result
         (0.125, 'converged')
     """
-    method, solver = method or Implicit(), solver or default_solver(problem)
-    declared = natural_hparams(problem)
-    at = declared if hparams is None else _checked(problem.place(flatten_names(hparams)), declared)
-    Bijections.of(problem.constraints, list(at)).to_raw(at)  # raises where a value is outside its set
-    at = detach(at)
+    method = Implicit() if method is None else method
+    solver = default_solver(problem) if solver is None else solver
+    check_arguments(problem, solver, method)
+    at = given_hparams(problem, hparams)
     flat, batches = FlatProblem.of(problem, at), StepBatches(problem, step)
     method.check(solver)
+    solver = bind_solver(solver, flat, at)
     with flat.purity.rehearsal():
         check_paths(method, flat, solver, at, batches)
     with torch.no_grad():
         start = flat.start(at)
+    report_impurities(flat, start.detach(), at, batches)
     result = differentiate(method, flat, solver, start, at, batches, start_method(method, flat, solver, start, at))
     return Evaluation(
         result.gradient, result.receipt, flat.unravel(result.params), result.outer_loss, result.inner_loss
     )
-
-
-def _checked(given: TensorDict, declared: TensorDict) -> TensorDict:
-    """The given hyperparameters, if they have names, shapes and dtypes of the problem's own."""
-    if set(given) != set(declared):
-        raise UsageError(f"hparams were expected to be {sorted(declared)}, but are {sorted(given)}.")
-    for name, value in given.items():
-        own = declared[name]
-        if value.shape != own.shape or value.dtype != own.dtype:
-            raise UsageError(
-                f"hyperparameter '{name}' was expected to have shape {tuple(own.shape)} and dtype {own.dtype}, but has "
-                f"{tuple(value.shape)} and {value.dtype}."
-            )
-    return {name: given[name] for name in declared}

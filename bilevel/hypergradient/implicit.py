@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem, StepBatches
 from bilevel.hypergradient.accuracy import AdaptiveAccuracy
+from bilevel.hypergradient.adjoint import describe_linear, solve_adjoint
 from bilevel.hypergradient.error_estimate import NOTHING, ErrorEstimate, ErrorEstimator, Solved
 from bilevel.hypergradient.method import (
     Hypergradient,
@@ -22,18 +22,19 @@ from bilevel.hypergradient.method import (
     outer_gradients,
     solve_without_graph,
 )
-from bilevel.hypergradient.negative_curvature import NegativeCurvature, SwitchToMINRES, System, met
-from bilevel.hypergradient.unconverged import OuterStep, Unconverged, Warn
+from bilevel.hypergradient.negative_curvature import NegativeCurvature, SwitchToMINRES, System
+from bilevel.hypergradient.unconverged import OuterStep, Unconverged, Warn, settle
 from bilevel.linalg import AutoSolver, ConjugateGradient, LinearSolver, Tag
 from bilevel.linalg.recycling import WatchedOperator
 from bilevel.linearisation import Linearisation, linearise, linearise_compiled
+from bilevel.parts import check_parts
 from bilevel.preconditioner import AutoPreconditioner, NoPreconditioner, Preconditioner
 from bilevel.preconditioner.recycled import corrected, learnt
 from bilevel.preconditioner.reuse import note, prepare
 from bilevel.receipt import Receipt
-from bilevel.result import Result, Solution
+from bilevel.result import Solution
 from bilevel.solvers import InnerSolution, InnerSolver
-from bilevel.tree import TensorDict
+from bilevel.tree import TensorDict, detach
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ class Implicit(HypergradientMethod):
     compile: bool = False
 
     def __post_init__(self) -> None:
-        """Validate the number."""
+        """Validate the parts and the number."""
+        check_parts(self)
         if not isinstance(self.recycle, int) or self.recycle < 0:
             raise UsageError(f"Implicit needs recycle to be an integer of at least 0, but got {self.recycle}.")
 
@@ -103,11 +105,11 @@ class Implicit(HypergradientMethod):
     def check(self, solver: InnerSolver) -> None:
         """Refuse an inner solver that cannot serve the policy for unconverged solves."""
         super().check(solver)
-        if self.unconverged.records_steps and not solver.differentiable:
-            raise UsageError(
-                f"the policy {type(self.unconverged).__name__} records inner steps, but {type(solver).__name__} is not "
-                "differentiable: use GradientDescent, ProximalGradient or AndersonAcceleration, or unconverged=more_steps."
-            )
+        self.unconverged.check(solver)
+
+    def estimates_error(self, problem: FlatProblem, solver: InnerSolver) -> bool:
+        """Where it is asked for, and the solution is the minimiser of a loss."""
+        return self.error_estimate is not None and solver.conditions(problem.objective(None)).loss is not None
 
     def compute(
         self,
@@ -120,12 +122,10 @@ class Implicit(HypergradientMethod):
     ) -> Hypergradient:
         """Inner solve without a graph, then the theorem."""
         inner = solve_without_graph(problem, solver, params, hparams, batches, self.warm_start)
-        # With minibatches no solve gets to a tolerance: the stationarity is one batch's, and the steps are a budget.
-        if inner.result.usable and not inner.result.successful and not batches.stochastic:
-            handled = self.unconverged.handle(OuterStep(problem, solver, hparams, batches), inner)
-            if isinstance(handled, Hypergradient):
-                return handled
-            inner = handled
+        handled = settle(self.unconverged, OuterStep(problem, solver, hparams, batches), inner)
+        if isinstance(handled, Hypergradient):
+            return handled
+        inner = handled
         outer, by_params, direct = outer_gradients(problem, inner.params, hparams, batches)
         linearised = linearise_compiled if self.compile else linearise
         at = linearised(problem, solver, inner.params, hparams, batches.curvature)
@@ -152,26 +152,19 @@ class Implicit(HypergradientMethod):
     def _solve(self, at: Linearisation, vector: Tensor, inner: InnerSolution, state: MethodState) -> _Solved:
         """The adjoint `[∂F/∂x]^{-T} vector`: preconditioned, with what earlier solves have left, under the policies."""
         old = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
-        prepared = prepare(self.preconditioner, at, inner, old)
+        wanted = self.linear_solver.is_preconditioned(at.operator)
+        prepared = prepare(self.preconditioner if wanted else NoPreconditioner(), at, inner, old)
         preconditioner = corrected(prepared.operator, at.operator, state)
         watched = None
         memory = max(self.recycle, 0 if self.error_estimate is None else self.error_estimate.memory)
         if memory and Tag.symmetric in at.operator.tags:
             watched = WatchedOperator(at.operator, memory)
             at = replace(at, operator=watched)
-        ready = self.linear_solver.init(at.operator)
         rtol = self.accuracy.linear_rtol(state)
-        # F's own system is with A^T: the same for a Hessian, not for the Jacobian of an optimality.
-        solution = self.linear_solver.compute(
-            self.linear_solver.transpose(ready), vector, x0=state.get("adjoint"), rtol=rtol,
-            preconditioner=preconditioner,
-        )  # fmt: skip
-        kept = {PREFIX + name: value for name, value in note(prepared.state, int(solution.num_mv.max())).items()}
-        biased = (f"{type(self.linear_solver).__name__} replaces the inverse Hessian",) * self.linear_solver.biased
-        if Tag.symmetric in at.operator.tags and bool((negative := met(solution)).any()):
-            system = System(at, vector, self.linear_solver, rtol, preconditioner)
-            solution, reasons = self.negative_curvature.handle(system, solution, negative)
-            biased += reasons
+        system = System(at.operator, vector, self.linear_solver, at.gauss_newton, rtol, preconditioner)
+        solution, biased = solve_adjoint(system, self.negative_curvature, state.get("adjoint"))
+        spent = int(solution.num_mv.max())
+        kept = {PREFIX + name: value for name, value in note(prepared.state, spent).items()}
         if self.recycle and watched is not None:
             kept |= learnt(state, *watched.remembered(), self.recycle)
         if self.warm_start_linear:
@@ -191,7 +184,7 @@ class Implicit(HypergradientMethod):
         if self.error_estimate is None or solved.watched is None:
             return NOTHING
         behind = Solved(solved.watched, vector, solved.solution.value, gradient)
-        lower = at.problem.problem.lower_curvature(at.hparams)
+        lower = at.problem.problem.lower_curvature(detach(at.hparams))
         return self.error_estimate.estimate(at, solver, batches, behind, lower)
 
 
@@ -206,17 +199,3 @@ class _Solved(NamedTuple):
     state: MethodState
     setup_mv: int
     watched: WatchedOperator | None
-
-
-def describe_linear(solution: Solution, rhs: Tensor) -> dict[str, Any]:
-    """The linear solve's part of a receipt; a square system with no better than a least-squares solution is singular."""
-    size, worst = rhs.norm(dim=-1), solution.worst
-    relative = torch.where(size > 0, solution.residual_norm / torch.where(size > 0, size, 1.0), 0.0)
-    return {
-        "linear_residual": float(relative.max()),
-        "num_mv": int(solution.num_mv.max()),
-        "linear_method": solution.method,
-        "linear_result": (Result.singular if worst is Result.least_squares else worst).name,
-        "curvature_min": float(solution.curvature_min.min()),
-        "curvature_max": float(solution.curvature_max.max()),
-    }

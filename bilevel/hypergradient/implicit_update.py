@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import grad
 
 from bilevel.flat import FlatProblem, StepBatches
-from bilevel.hypergradient.implicit import describe_linear
+from bilevel.hypergradient.adjoint import describe_linear, solve_adjoint
 from bilevel.hypergradient.method import (
     Hypergradient,
     HypergradientMethod,
@@ -20,9 +20,12 @@ from bilevel.hypergradient.method import (
     outer_gradients,
     solve_without_graph,
 )
+from bilevel.hypergradient.negative_curvature import NegativeCurvature, SwitchToMINRES, System
 from bilevel.hypergradient.paths import explain_vanishing
+from bilevel.hypergradient.unconverged import OuterStep, Unconverged, Warn, settle
 from bilevel.linalg import MINRES, DiagonalOperator, LinearSolver
 from bilevel.linearisation import leaves, linearise
+from bilevel.parts import check_parts
 from bilevel.receipt import Receipt
 from bilevel.solvers import GradientDescent, InnerResult, InnerSolution, InnerSolver, Objective, UpdateRule
 from bilevel.tree import TensorDict
@@ -49,6 +52,8 @@ class ImplicitUpdate(HypergradientMethod):
         accuracy: sets the tolerances of each outer step.
         linear_solver: for the system, symmetric unless the problem has an `optimality`. For plain gradient descent `K` terms
             of `NeumannSeries(step_size=learning_rate, rtol=None, max_steps=K)` are the series of the reference.
+        unconverged: what to do where the inner solve ends short of its tolerance; a spent budget (`atol=0`) is as asked for.
+        negative_curvature: what to do where the system is seen not to be positive definite.
 
     Reference: Clarke, Oldewage and Hernández-Lobato (2022), "Scalable one-pass optimisation of high-dimensional
         weight-update hyperparameters by implicit differentiation" (there with the optimiser's state as a constant).
@@ -57,10 +62,17 @@ class ImplicitUpdate(HypergradientMethod):
     paths: ClassVar[frozenset[str]] = frozenset({"direct", "inner", "solver"})
 
     linear_solver: LinearSolver = field(default_factory=MINRES)
+    unconverged: Unconverged = field(default_factory=Warn)
+    negative_curvature: NegativeCurvature = field(default_factory=SwitchToMINRES)
+
+    def __post_init__(self) -> None:
+        """Validate the parts."""
+        check_parts(self)
 
     def check(self, solver: InnerSolver) -> None:
         """Refuse an inner solver whose step cannot be differentiated, or is no function that has a fixed point."""
         super().check(solver)
+        self.unconverged.check(solver)
         solver.update_rule()
 
     def compute(
@@ -74,14 +86,20 @@ class ImplicitUpdate(HypergradientMethod):
     ) -> Hypergradient:
         """Inner solve without a graph, then the theorem for one step."""
         inner = solve_without_graph(problem, solver, params, hparams, batches, self.warm_start)
+        handled = settle(self.unconverged, OuterStep(problem, solver, hparams, batches), inner)
+        if isinstance(handled, Hypergradient):
+            return handled
+        inner = handled
         outer, by_params, direct = outer_gradients(problem, inner.params, hparams, batches)
         # of the inner loss alone: what the solver adds to it is in the response
         at = linearise(problem, GradientDescent(), inner.params, hparams, batches.curvature)
         response = ResponseToGradient.of(solver.update_rule(), inner, at.optimality.detach(), hparams)
-        system = self.linear_solver.init(at.operator + DiagonalOperator(response.pull / response.size))
-        solution = self.linear_solver.compute(
-            self.linear_solver.transpose(system), by_params, rtol=self.accuracy.linear_rtol(state)
-        )
+        pull = DiagonalOperator(response.pull / response.size)
+        system = System(
+            at.operator + pull, by_params, self.linear_solver, lambda: at.gauss_newton() + pull,
+            self.accuracy.linear_rtol(state),
+        )  # fmt: skip
+        solution, biased = solve_adjoint(system, self.negative_curvature)
         mixed, by_options = at.mixed(solution.value), response.by_hparams(solution.value / response.size)
         gradient = {name: direct[name] - mixed[name] + by_options[name] for name in direct}
         kept: MethodState = {EXPLAINED: state[EXPLAINED]} if EXPLAINED in state else {}
@@ -91,15 +109,13 @@ class ImplicitUpdate(HypergradientMethod):
         receipt = Receipt(
             **{**describe(inner), "stationarity": response.stationarity},
             **describe_linear(solution, by_params),
-            biased=self._reasons(solver, inner, batches),
+            biased=biased + self._reasons(solver, inner, batches),
         )
         return Hypergradient(gradient, inner.params.detach(), kept, receipt, outer, at.inner_loss)
 
     def _reasons(self, solver: InnerSolver, inner: InnerSolution, batches: StepBatches) -> tuple[str, ...]:
         """Why the number is not the hypergradient."""
         reasons = []
-        if self.linear_solver.biased:
-            reasons.append(f"{type(self.linear_solver).__name__} replaces the inverse")
         if solver.hparam_names and inner.result is not InnerResult.converged:
             reasons.append(
                 "one step, differentiated where the inner solver stopped short of a fixed point, stands for all"

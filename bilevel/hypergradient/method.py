@@ -89,12 +89,16 @@ class HypergradientMethod(ABC):
             state: from `init` or the previous step.
         """
 
+    def estimates_error(self, problem: FlatProblem, solver: InnerSolver) -> bool:
+        """Whether receipts will hold an error estimate, which an accuracy that adapts needs."""
+        return False
+
     def check(self, solver: InnerSolver) -> None:
         """Raise `UsageError` when the inner solver cannot serve this method."""
         if self.records_steps and not solver.differentiable:
             raise UsageError(
                 f"{type(self).__name__} records the inner steps, but {type(solver).__name__} is not differentiable: "
-                "use GradientDescent, ProximalGradient or AndersonAcceleration, or an implicit hypergradient."
+                "use GradientDescent, ProximalGradient, AndersonAcceleration or Adam, or an implicit hypergradient."
             )
 
 
@@ -105,8 +109,11 @@ def start_method(
     params: Tensor,
     hparams: Mapping[str, Tensor],
 ) -> MethodState:
-    """The state before the first outer step: the method's own and that of its accuracy."""
-    return {**method.init(problem, solver, params, hparams), **method.accuracy.init(params)}
+    """The state before the first outer step: the method's own, and that of its accuracy if that can serve the method."""
+    own = method.init(problem, solver, params, hparams)
+    if method.accuracy.needs_estimate and not method.estimates_error(problem, solver):
+        return own
+    return {**own, **method.accuracy.init(params)}
 
 
 def differentiate(

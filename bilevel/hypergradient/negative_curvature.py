@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bilevel.errors import NumericalError, UsageError
-from bilevel.linalg import MINRES, LinearOperator, LinearSolver, damped
+from bilevel.linalg import MINRES, LinearOperator, LinearSolver, Tag, damped
+from bilevel.linalg.recycling import Subspace, WatchedOperator
 from bilevel.linalg.system import rounding_level
-from bilevel.linearisation import Linearisation
 from bilevel.result import Result, Solution
+
+MEMORY = 100  # products of a solver that does not look at curvatures, two vectors each
+UNSOLVED = (
+    Result.negative_curvature,
+    Result.diverged,
+    Result.breakdown,
+)  # what an indefinite operator leads solvers to
 
 
 class Handled(NamedTuple):
@@ -29,25 +37,48 @@ class Handled(NamedTuple):
 
 
 class System(NamedTuple):
-    """The linear system that met negative curvature.
+    """A linear system and how it is solved.
 
     Attributes:
-        at: the inner problem at its solution.
+        operator: the inner Hessian, or what stands in its place.
         vector: the right-hand side, `(*batch, n)`.
-        solver: what it was solved with.
+        solver: what it is solved with.
+        gauss_newton: makes the operator's counterpart with the Gauss-Newton matrix instead of the Hessian.
         rtol: tolerance of this step; None for the solver's own.
         preconditioner: the preconditioner in use.
     """
 
-    at: Linearisation
+    operator: LinearOperator
     vector: Tensor
     solver: LinearSolver
-    rtol: float | None
-    preconditioner: LinearOperator | None
+    gauss_newton: Callable[[], LinearOperator]
+    rtol: float | None = None
+    preconditioner: LinearOperator | None = None
+
+    def solve(self, operator: LinearOperator, x0: Tensor | None = None) -> Solution:
+        """Solve with an operator, this system's or another; the solution says what curvature the products have shown."""
+        blind = Tag.symmetric in operator.tags and not self.solver.sees_curvature
+        if blind and not isinstance(operator, WatchedOperator):
+            operator = WatchedOperator(operator, MEMORY)
+        ready = self.solver.transpose(self.solver.init(operator))  # the theorem's system is with the transpose
+        solution = self.solver.compute(ready, self.vector, x0=x0, rtol=self.rtol, preconditioner=self.preconditioner)
+        return _observed(solution, operator) if blind and isinstance(operator, WatchedOperator) else solution
+
+
+def _observed(solution: Solution, watched: WatchedOperator) -> Solution:
+    """The solution of a solver that does not look at curvatures, with the extreme Ritz values of the space of its products."""
+    vectors, products = watched.remembered()
+    if not vectors.shape[-2] or not bool(products.isfinite().all()):
+        return solution
+    space = Subspace(vectors, products)
+    used = (space.vectors != 0).any(-1)
+    low = torch.where(used, space.curvature, torch.inf).amin(-1)
+    high = torch.where(used, space.curvature, -torch.inf).amax(-1)
+    return replace(solution, curvature_min=low, curvature_max=high)
 
 
 class NegativeCurvature(ABC):
-    """A policy for systems whose linear solver met `p'Hp <= 0`."""
+    """A policy for systems whose linear solver met `p'Hp <= 0`; one that makes no product (`IdentitySolver`) meets none."""
 
     @abstractmethod
     def handle(self, system: System, solution: Solution, negative: Tensor) -> Handled:
@@ -98,14 +129,15 @@ class SwitchToMINRES(NegativeCurvature):
 
     def handle(self, system: System, solution: Solution, negative: Tensor) -> Handled:
         """Go on from where the solver stopped, in the systems that it has not solved."""
-        failed = negative & (solution.result == Result.negative_curvature.code)
+        failed = negative & torch.stack([solution.result == one.code for one in UNSOLVED]).any(0)
         if not bool(failed.any()):
             return Handled(solution)
         rtol = system.rtol if system.rtol is not None else getattr(system.solver, "rtol", None)
         solver = MINRES(rtol=1e-6 if rtol is None else rtol, max_steps=self.max_steps)
         vector = torch.where(failed.unsqueeze(-1), system.vector, 0.0)
-        start = torch.where(failed.unsqueeze(-1), solution.value, 0.0)
-        again = solver.compute(solver.init(system.at.operator), vector, x0=start, preconditioner=system.preconditioner)
+        met_it = solution.result == Result.negative_curvature.code  # any other failure leaves nothing to go on from
+        start = torch.where((failed & met_it).unsqueeze(-1), solution.value, 0.0)
+        again = solver.compute(solver.init(system.operator), vector, x0=start, preconditioner=system.preconditioner)
         return Handled(solution.continued_by(again, failed))
 
 
@@ -133,16 +165,14 @@ class Damp(NegativeCurvature):
         size = torch.maximum(-solution.curvature_min, 1e-6 * solution.curvature_max.abs()).nan_to_num(nan=1.0)
         damping = torch.where(negative, self.factor * size, 0.0)
         for _ in range(self.max_rounds):
-            solver = system.solver
-            again = solver.compute(
-                solver.init(damped(system.at.operator, damping)), system.vector, rtol=system.rtol,
-                preconditioner=system.preconditioner,
-            )  # fmt: skip
+            again = system.solve(damped(system.operator, damping))
             solution = solution.continued_by(again, negative)
             still = negative & met(again)
             if not bool(still.any()):
                 break
             damping = torch.where(still, self.factor * damping, damping)
+        else:
+            solution = replace(solution, result=torch.where(still, Result.negative_curvature.code, solution.result))
         return Handled(solution, (f"negative curvature: the Hessian is damped by {float(damping.max()):.3g}",))
 
 
@@ -158,11 +188,7 @@ class GaussNewton(NegativeCurvature):
 
     def handle(self, system: System, solution: Solution, negative: Tensor) -> Handled:
         """Solve the systems concerned anew."""
-        operator = system.at.gauss_newton()
-        solver = system.solver
-        again = solver.compute(
-            solver.init(operator), system.vector, rtol=system.rtol, preconditioner=system.preconditioner
-        )
+        again = system.solve(system.gauss_newton())
         return Handled(
             solution.continued_by(again, negative),
             ("negative curvature: the Gauss-Newton matrix stands for the Hessian",),

@@ -15,6 +15,7 @@ from bilevel.hypergradient.method import Hypergradient, HypergradientMethod
 from bilevel.linearisation import leaves
 from bilevel.result import Result
 from bilevel.solvers import InnerSolver
+from bilevel.solvers.options import Spread
 
 EXPLANATIONS = {
     "direct": "it stands in the outer loss",
@@ -155,7 +156,10 @@ def explain_vanishing(
 
 def _option(solver: InnerSolver, name: str) -> str:
     """Which option of the solver a hyperparameter is, in brackets; nothing for an option of one of its parts."""
-    options = [option for option, value in vars(solver).items() if isinstance(value, str) and value == name]
+    options = [
+        option for option, value in vars(solver).items()
+        if value == name or (isinstance(value, Spread) and name in value.names)
+    ]  # fmt: skip
     return f" ({' and '.join(options)} of {type(solver).__name__})" if options else ""
 
 

@@ -42,6 +42,14 @@ class Unconverged(ABC):
 
     records_steps: ClassVar[bool] = False
 
+    def check(self, solver: InnerSolver) -> None:
+        """Raise `UsageError` when the inner solver cannot serve this policy."""
+        if self.records_steps and not solver.differentiable:
+            raise UsageError(
+                f"the policy {type(self).__name__} records inner steps, but {type(solver).__name__} is not differentiable: "
+                "use GradientDescent, ProximalGradient, AndersonAcceleration or Adam, or unconverged=more_steps."
+            )
+
     @abstractmethod
     def handle(self, step: OuterStep, inner: InnerSolution) -> InnerSolution | Hypergradient:
         """A better inner solution (or the same), or a hypergradient that needs no solution.
@@ -49,6 +57,16 @@ class Unconverged(ABC):
         Raises:
             NumericalError: the policy is to stop.
         """
+
+
+def settle(policy: Unconverged, step: OuterStep, inner: InnerSolution) -> InnerSolution | Hypergradient:
+    """Ask the policy, where there is something to ask.
+
+    With minibatches no solve gets to a tolerance: the stationarity is one batch's, and the steps are a budget.
+    """
+    if inner.result.successful or not inner.result.usable or step.batches.stochastic:
+        return inner
+    return policy.handle(step, inner)
 
 
 @dataclass(frozen=True)
@@ -92,6 +110,8 @@ class MoreSteps(Unconverged):
                 break
             further = solve_inner(*step[:2], inner.params, *step[2:], offset=inner.num_steps, state=inner.state)
             inner = replace(further, num_steps=inner.num_steps + further.num_steps)
+        if not inner.result.successful:
+            warnings.warn(_sentence(step, inner, "or more rounds"), ConvergenceWarning, stacklevel=2)
         return inner
 
 

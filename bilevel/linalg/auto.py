@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bilevel.errors import UsageError
 from bilevel.linalg.cg import ConjugateGradient
-from bilevel.linalg.dense import DenseCholesky, DenseLU
+from bilevel.linalg.dense import DenseCholesky, DenseLU, extreme_eigenvalues
 from bilevel.linalg.diagonal import DiagonalSolver
 from bilevel.linalg.gmres import GMRES
 from bilevel.linalg.matrix import MatrixOperator
@@ -61,6 +61,8 @@ class AutoSolver(LinearSolver):
         ([0.3333, 0.3333], 'DenseCholesky, DenseLU')
     """
 
+    sees_curvature: ClassVar[bool] = True
+
     rtol: float = 1e-6
     atol: float = 0.0
     max_steps: int = 10_000
@@ -76,6 +78,13 @@ class AutoSolver(LinearSolver):
             raise UsageError(f"AutoSolver needs dense_size >= 0, but got {self.dense_size}.")
         ConjugateGradient(self.rtol, self.atol, self.max_steps)  # its checks are ours
 
+    def is_preconditioned(self, operator: LinearOperator) -> bool:
+        """Where it iterates."""
+        return Tag.diagonal not in operator.tags and not self._is_dense(operator)
+
+    def _is_dense(self, operator: LinearOperator) -> bool:
+        return isinstance(operator, MatrixOperator) or operator.shape[0] <= self.dense_size
+
     def init(self, operator: LinearOperator) -> _Choice:
         """Choose, and factorise what is small."""
         self.check(operator)
@@ -83,7 +92,7 @@ class AutoSolver(LinearSolver):
             return _start(DiagonalSolver(), operator)
         symmetric = Tag.symmetric in operator.tags
         n = operator.shape[0]
-        if isinstance(operator, MatrixOperator) or n <= self.dense_size:
+        if self._is_dense(operator):
             return self._factorise(operator) if symmetric else _start(DenseLU(max_size=n), operator)
         limits = self.rtol, self.atol, self.max_steps
         if not symmetric:
@@ -97,7 +106,8 @@ class AutoSolver(LinearSolver):
             return choice
         remedy = DenseLU(max_size=operator.shape[0])
         state = remedy.init(MatrixOperator(choice.state.matrix, operator.tags))
-        return choice._replace(remedy=remedy, remedy_state=state._replace(operator=operator))
+        state = state._replace(operator=operator, spectrum=extreme_eigenvalues(choice.state.matrix))
+        return choice._replace(remedy=remedy, remedy_state=state)
 
     def transpose(self, state: _Choice) -> _Choice:
         """The same choice, for the transposed operator; a remedy is for symmetric ones only, which are their own."""
@@ -123,8 +133,6 @@ class AutoSolver(LinearSolver):
         x0 = torch.where(nearer.unsqueeze(-1), first.value, 0.0)
         rest = torch.where(failed.unsqueeze(-1), vector, 0.0)
         again = state.remedy.compute(state.remedy_state, rest, x0=x0, rtol=rtol, preconditioner=preconditioner)
-        if isinstance(state.remedy, DenseLU):
-            again = _with_spectrum(again, state.remedy_state.matrix)
         return first.continued_by(_named(again, state.remedy), failed)
 
 
@@ -134,10 +142,3 @@ def _start(solver: LinearSolver, operator: LinearOperator) -> _Choice:
 
 def _named(solution: Solution, solver: LinearSolver) -> Solution:
     return replace(solution, method=type(solver).__name__)
-
-
-def _with_spectrum(solution: Solution, matrix: Tensor) -> Solution:
-    """The extreme eigenvalues of an indefinite matrix, which LU does not see."""
-    values = torch.linalg.eigvalsh((matrix + matrix.mT) / 2)
-    low, high = (value.expand(solution.result.shape) for value in (values[..., 0], values[..., -1]))
-    return replace(solution, curvature_min=low, curvature_max=high)

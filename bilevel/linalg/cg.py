@@ -48,6 +48,7 @@ class ConjugateGradient(IterativeSolver):
 
     requires: ClassVar[frozenset[Tag]] = SYMMETRIC
     instead: ClassVar[str] = "use GMRES, BiCGStab or LSMR, or tag it if it is symmetric."
+    sees_curvature: ClassVar[bool] = True
     residual_may_wait: ClassVar[bool] = True  # it minimises the A-norm of the error; the residual may rise for long
 
     def stretch(self, system: System, x0: Tensor, image: Tensor, residual: Tensor) -> Tensor:

@@ -12,8 +12,12 @@ from bilevel.errors import UsageError
 from bilevel.linalg.matrix import MatrixOperator
 from bilevel.linalg.operator import SYMMETRIC, LinearOperator, Tag, as_matrix, norm
 from bilevel.linalg.solver import LinearSolver, check_vector
+from bilevel.linalg.spectrum import lanczos
 from bilevel.linalg.system import rounding_level, worthless_level
 from bilevel.result import Result, Solution
+
+SPECTRUM_SIZE = 1000  # unknowns up to which eigenvalues take less time than as many products
+NUM_LANCZOS = 100  # steps for larger ones
 
 
 class _State(NamedTuple):
@@ -21,6 +25,7 @@ class _State(NamedTuple):
     matrix: Tensor  # (*batch, n, n)
     factor: tuple[Tensor, ...]
     defect: Tensor  # (*batch,) codes: running where the factorisation is sound
+    spectrum: tuple[Tensor, Tensor]  # its ends, (*batch,) each; NaN where they are not known
     num_mv: int
     adjoint: bool
 
@@ -29,9 +34,13 @@ class _State(NamedTuple):
 class _DenseSolver(LinearSolver):
     """What both share: materialise by `n` products (none for a matrix), factorise, solve, measure the residual.
 
+    Of a symmetric operator that is materialised the extreme eigenvalues are reported, too.
+
     Args:
         max_size: refuse larger operators, whose matrix would take `8 n²` bytes in float64.
     """
+
+    sees_curvature: ClassVar[bool] = True
 
     max_size: int = 20_000
 
@@ -50,7 +59,16 @@ class _DenseSolver(LinearSolver):
             factor, defect = self.factorise(matrix)
             finite = matrix.isfinite().all(-1).all(-1)
             defect = torch.where(finite, defect, Result.nonfinite.code)
-        return _State(operator, matrix, factor, defect, 0 if given else n, False)
+            spectrum = (torch.full_like(defect, torch.nan, dtype=matrix.dtype),) * 2
+            if (
+                Tag.symmetric in operator.tags and not given and n > 0
+            ):  # of a given matrix they cost more than the solve
+                spectrum = extreme_eigenvalues(matrix)
+        return _State(operator, matrix, factor, defect, spectrum, 0 if given else n, False)
+
+    def is_preconditioned(self, operator: LinearOperator) -> bool:
+        """Never."""
+        return False
 
     def factorise(self, matrix: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """The factors, and a code of `Result` for each system."""
@@ -93,9 +111,20 @@ class _DenseSolver(LinearSolver):
             result = torch.where(~bad & singular, Result.singular.code, result)
             result = torch.where(value.isfinite().all(-1) & vector.isfinite().all(-1), result, Result.nonfinite.code)
             result = torch.where(zero.squeeze(-1), Result.converged.code, result)
-            nan = torch.full(vector.shape[:-1], torch.nan, dtype=vector.dtype, device=vector.device)
+            low, high = (end.expand(vector.shape[:-1]) for end in state.spectrum)
             num_mv = torch.full_like(result, state.num_mv)
-            return Solution(value, result, num_mv, residual_norm, nan, nan)
+            return Solution(value, result, num_mv, residual_norm, low, high)
+
+
+def extreme_eigenvalues(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest eigenvalue of a symmetric matrix, or of a Krylov space if it is large; NaN if it is not finite."""
+    if matrix.shape[-1] > SPECTRUM_SIZE:
+        ritz = lanczos(MatrixOperator(matrix, SYMMETRIC), NUM_LANCZOS)
+        return ritz.smallest, ritz.largest
+    finite = matrix.isfinite().all(-1).all(-1)  # the eigensolver would raise
+    values = torch.linalg.eigvalsh(torch.where(finite[..., None, None], 0.5 * (matrix + matrix.mT), 0.0))
+    values = torch.where(finite.unsqueeze(-1), values, torch.nan)
+    return values[..., 0], values[..., -1]
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -30,6 +30,7 @@ class DiagonalSolver(LinearSolver):
         tensor([ 0.5000, -0.2500])
     """
 
+    sees_curvature: ClassVar[bool] = True
     requires: ClassVar[frozenset[Tag]] = frozenset({Tag.diagonal})
     instead: ClassVar[str] = "use AutoSolver, or tag it if it is diagonal."
 
@@ -42,6 +43,10 @@ class DiagonalSolver(LinearSolver):
         with torch.no_grad():
             ones = torch.ones(shape, dtype=operator.dtype, device=operator.device)
             return _State(operator, operator.mv(ones), 1)
+
+    def is_preconditioned(self, operator: LinearOperator) -> bool:
+        """Never."""
+        return False
 
     def transpose(self, state: _State) -> _State:
         """The same."""

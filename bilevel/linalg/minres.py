@@ -57,6 +57,7 @@ class MINRES(IterativeSolver):
         [0.5, -0.25]
     """
 
+    sees_curvature: ClassVar[bool] = True
     requires: ClassVar[frozenset[Tag]] = SYMMETRIC
     instead: ClassVar[str] = "use GMRES, BiCGStab or LSMR, or tag it if it is symmetric."
 

@@ -51,6 +51,7 @@ class NeumannSeries(IterativeSolver):
         tensor([0.7500])
     """
 
+    sees_curvature: ClassVar[bool] = True
     residual_may_wait: ClassVar[bool] = True  # its rate is known, and may be slow
 
     step_size: float | None = None

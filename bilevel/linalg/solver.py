@@ -20,12 +20,15 @@ class LinearSolver(ABC):
         instead: what to use when a tag is missing, for the message.
         square: True when the operator must be square.
         biased: True when the answer is not meant to be the solution (a declared approximation).
+        sees_curvature: True when its solutions say whether a symmetric operator is positive definite, as far as the solver
+            has come to see it.
     """
 
     requires: ClassVar[frozenset[Tag]] = NO_TAGS
     instead: ClassVar[str] = ""
     square: ClassVar[bool] = True
     biased: ClassVar[bool] = False
+    sees_curvature: ClassVar[bool] = False
 
     @abstractmethod
     def init(self, operator: LinearOperator) -> Any:
@@ -54,6 +57,10 @@ class LinearSolver(ABC):
             rtol: overrides the solver's own relative tolerance.
             preconditioner: an operator that approximates the inverse (symmetric positive definite for CG and MINRES).
         """
+
+    def is_preconditioned(self, operator: LinearOperator) -> bool:
+        """Whether a preconditioner has anything to do: not where the solver of this operator is a direct one."""
+        return True
 
     @abstractmethod
     def transpose(self, state: Any) -> Any:

@@ -70,7 +70,10 @@ class Jacobi(Preconditioner):
 
 @dataclass(frozen=True)
 class AdamSecondMoment(Preconditioner):
-    r"""The diagonal that Adam divides its steps by: `1 / (√v̂ + eps)`, from the inner solver's state; no product.
+    r"""The diagonal that Adam divides its steps by: `1 / √v`, from the inner solver's state; no product.
+
+    With `torch.optim.Adam` or AdamW it is `√v̂ + eps`, with this library's `Adam` the same up to a factor, which a solver that
+    is preconditioned does not see.
 
     It is a scale of the gradient, not of the curvature: right in its proportions where gradients come from minibatches or the
     solve is young, and pure rounding where full-batch gradients have long vanished. Every entry is kept above a thousandth of
@@ -96,15 +99,18 @@ class AdamSecondMoment(Preconditioner):
 
 
 def _second_moment(inner: InnerSolution | None) -> Tensor:
-    """`√v̂ + eps` of Adam, AdamW and their kin, for the one tensor that the inner solver optimises."""
+    """`√v̂ + eps` of Adam, AdamW and their kin, for the one tensor that the inner solver optimises; `√v` of our own Adam."""
+    if inner is not None and "second_moment" in inner.state:
+        own: Tensor = inner.state["second_moment"].detach()
+        return own.sqrt()
     kept = {} if inner is None else inner.state.get("optimizer", {})
     (group,) = kept.get("param_groups", [{}])
     entry = kept.get("state", {}).get(0, {})
     if "exp_avg_sq" not in entry:
         came = "there was no inner solve" if inner is None else "the inner solver's state holds none"
         raise UsageError(
-            f"AdamSecondMoment needs the second moment of torch.optim.Adam or AdamW, but {came}: use solver=torch_optimizer "
-            "with one of them and at least one step, or preconditioner=jacobi."
+            f"AdamSecondMoment needs the second moment of an inner solve by Adam, but {came}: use solver=adam, "
+            "solver=torch_optimizer with torch.optim.Adam or AdamW, or preconditioner=jacobi."
         )
     correction = 1.0 - float(group["betas"][1]) ** float(entry["step"])
     moment: Tensor = entry["exp_avg_sq"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from dataclasses import dataclass
 
@@ -48,6 +49,13 @@ class _KroneckerFactored(Preconditioner):
         """Factors at the linearisation's point; the products counted are backward passes, and one for the forward ones."""
         with torch.no_grad():
             found = backpropagate(at, self.num_samples, self.seed)
+            if not found.maps:
+                warnings.warn(
+                    f"{type(self).__name__} was expected to find linear maps of parameters (linear or convolution layers, or "
+                    "matrix products) in the model's outputs, but found none, and is no more than a diagonal: use "
+                    "preconditioner=nystrom or preconditioner=auto.",
+                    stacklevel=2,
+                )
             penalty = self._penalty(at)
             state: State = {"diagonal": found.diagonal}
             for number, one in enumerate(found.maps):

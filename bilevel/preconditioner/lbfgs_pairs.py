@@ -10,6 +10,7 @@ from bilevel.errors import UsageError
 from bilevel.linalg import InverseBFGS, LinearOperator
 from bilevel.linalg.lbfgs import Pairs
 from bilevel.linearisation import Linearisation
+from bilevel.parts import check_parts
 from bilevel.preconditioner.base import Preconditioner, Prepared, State
 from bilevel.solvers import InnerSolution
 
@@ -34,6 +35,10 @@ class LBFGSPairs(Preconditioner):
     """
 
     base: Preconditioner | None = None
+
+    def __post_init__(self) -> None:
+        """Validate the base."""
+        check_parts(self)
 
     def price(self, at: Linearisation) -> float:
         """That of the base."""

@@ -74,5 +74,5 @@ def _troubles(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         error = number(record.get("hypergradient_error"), 3)
         found.append(("the hypergradient was shrunk", f": its estimated error is {error} times its norm"))
     if record.get("skipped"):
-        found.append(("skipped, for the hypergradient was not finite or the inner solve diverged", ""))
+        found.append(("skipped, for the hypergradient was not finite or a solve diverged", ""))
     return found

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from bilevel.constraints import Bijections
-from bilevel.errors import UsageError, nearest
+from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem, StepBatches, natural_hparams
 from bilevel.hypergradient import HypergradientMethod, check_paths, start_method
+from bilevel.hypergradient.trial import bind_solver, blaming, check_arguments, report_impurities, try_losses
 from bilevel.problem import Problem
 from bilevel.solvers import InnerSolver
 from bilevel.trainer.optimizer import OptimizerFactory, OuterOptimizer, SchedulerFactory
 from bilevel.trainer.state import Best, TrainState
-from bilevel.trainer.trial import blaming, report_impurities, try_losses
 from bilevel.tree import TensorDict, detach
 
 
@@ -49,7 +49,8 @@ def set_up(
             the problem that raise, losses that are no scalars or not finite, batches that do not fit the tasks, a solver
             that cannot serve the method, an optimiser or scheduler that cannot step.
     """
-    _check_kinds(problem, solver, method, optimizer)
+    check_arguments(problem, solver, method)
+    _check_factory(optimizer)
     _check_num_tasks(problem)
     natural = _starting_hparams(problem)
     bijections = Bijections.of(problem.constraints, list(natural))
@@ -64,7 +65,7 @@ def set_up(
         came = f"are {params.dtype}" if params.numel() else "have no entry"
         raise UsageError(f"{type(problem).__name__}.init_params was expected to return real numbers, but they {came}.")
     method.check(solver)
-    _check_solver(solver, problem, natural)
+    solver = bind_solver(solver, flat, natural)
     batches = StepBatches(problem, 0)
     with flat.purity.rehearsal():
         try_losses(flat, params, natural, batches)
@@ -88,19 +89,8 @@ def set_up(
     return Setup(flat, solver, method, bijections), state
 
 
-def _check_kinds(problem: Any, solver: Any, method: Any, optimizer: Any) -> None:
-    """Objects where objects belong, and factories where factories do."""
-    expected = (
-        ("problem", problem, Problem, "an instance of your Problem"),
-        ("solver", solver, InnerSolver, "an inner solver such as LBFGS()"),
-        ("hypergradient", method, HypergradientMethod, "a method such as Implicit(linear_solver=ConjugateGradient())"),
-    )
-    for name, value, kind, example in expected:
-        if isinstance(value, kind):
-            continue
-        if isinstance(value, type):
-            raise UsageError(f"{name} was expected to be {example}, but is the class itself: write {value.__name__}().")
-        raise UsageError(f"{name} was expected to be {example}, but is {value!r}.")
+def _check_factory(optimizer: Any) -> None:
+    """Refuse an optimiser where a function that makes one belongs."""
     if isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):
         name = type(optimizer).__name__
         raise UsageError(
@@ -129,18 +119,3 @@ def _starting_hparams(problem: Problem) -> TensorDict:
         if not value.is_floating_point():
             raise UsageError(f"hyperparameter '{name}' was expected to be floating-point, but is {value.dtype}.")
     return natural
-
-
-def _check_solver(solver: InnerSolver, problem: Problem, hparams: Mapping[str, Tensor]) -> None:
-    if solver.full_batch and problem.inner_batches is not None:
-        raise UsageError(
-            f"{type(solver).__name__} needs the full batch, but this problem has inner minibatches: "
-            "use GradientDescent or TorchOptimizer."
-        )
-    for name in solver.hparam_names:
-        if name not in hparams:
-            hint = nearest(name, hparams, f"give a number, or one of {', '.join(map(repr, sorted(hparams)))}.")
-            raise UsageError(
-                f"an option of {type(solver).__name__} was expected to be a number or the name of a hyperparameter, but is "
-                f"'{name}': {hint}"
-            )

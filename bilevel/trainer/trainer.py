@@ -14,6 +14,8 @@ from torch import Tensor
 from bilevel.errors import UsageError
 from bilevel.flat import StepBatches
 from bilevel.hypergradient import Hypergradient, check_not_all_zero, differentiate
+from bilevel.parts import check_parts
+from bilevel.result import Result
 from bilevel.solvers import InnerResult
 from bilevel.trainer.callbacks import Callback
 from bilevel.trainer.nonfinite import Nonfinite, Skip
@@ -50,7 +52,8 @@ class Trainer:
     keep_checkpoints: int = 3
 
     def __post_init__(self) -> None:
-        """Validate the numbers."""
+        """Validate the parts and the numbers."""
+        check_parts(self)
         for name in ("num_steps", "checkpoint_every", "keep_checkpoints"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
@@ -77,9 +80,7 @@ class Trainer:
     def reason_to_stop(self, state: TrainState) -> str | None:
         """Why no further step is made from this state; None when one is."""
         if self.nonfinite.limit_reached(state.num_nonfinite):
-            inner = state.record and state.record["receipt.inner_result"]
-            why = f" (the inner solve: {InnerResult[inner].value})" if inner and not InnerResult[inner].usable else ""
-            return f"{state.num_nonfinite} non-finite hypergradients in a row; none was applied{why}"
+            return f"{state.num_nonfinite} non-finite hypergradients in a row; none was applied{_blame(state.record)}"
         if self.patience is not None and state.step - 1 - state.best.step >= self.patience:
             return f"no better outer loss in {self.patience} steps"
         return "all steps were made" if state.step >= self.num_steps else None
@@ -154,6 +155,16 @@ class Trainer:
             state.best = Best(state.step, result.outer_loss, hparams, result.params, metrics)
 
 
+def _blame(record: Record | None) -> str:
+    """Which solve a record's hypergradient was lost in, in brackets; nothing where none was."""
+    inner, linear = ((record or {}).get(f"receipt.{which}_result") for which in ("inner", "linear"))
+    if inner is not None and not InnerResult[inner].usable:
+        return f" (the inner solve: {InnerResult[inner].value})"
+    if linear == Result.diverged.name:  # one that met non-finite values is not where they came from
+        return f" (the linear solve: {Result.diverged.value})"
+    return ""
+
+
 def evaluate_metrics(setup: Setup, params: Tensor, hparams: TensorDict) -> dict[str, float]:
     """The problem's own figures.
 
@@ -192,18 +203,19 @@ def why_unusable(result: Hypergradient) -> str:
     bad = [name for name, part in result.gradient.items() if not bool(part.isfinite().all())]
     if bad:
         return f"that of {', '.join(map(repr, bad))} is not"
-    return (
-        f"the outer loss is {result.outer_loss}"
-        if not math.isfinite(result.outer_loss)
-        else "the inner solution is not"
-    )
+    if not math.isfinite(result.outer_loss):
+        return f"the outer loss is {result.outer_loss}"
+    linear = result.receipt.linear_result
+    if linear is not None and not Result[linear].usable:
+        return f"the linear solve ended with {linear} ({Result[linear].value})"
+    return "the inner solution is not"
 
 
 def is_finite(result: Hypergradient) -> bool:
-    """Whether a hypergradient may be applied: the inner solve did not diverge, loss, solution and entries are finite."""
+    """Whether a hypergradient may be applied: no solve diverged, and loss, solution and entries are finite."""
     parts = [result.params, torch.tensor(result.outer_loss), *result.gradient.values()]
-    inner = result.receipt.inner_result
-    usable = inner is None or InnerResult[inner].usable
+    inner, linear = result.receipt.inner_result, result.receipt.linear_result
+    usable = (inner is None or InnerResult[inner].usable) and (linear is None or Result[linear].usable)
     return usable and all(bool(part.isfinite().all()) for part in parts)
 
 

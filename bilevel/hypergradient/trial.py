@@ -15,8 +15,11 @@ from torch import Tensor
 
 from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem, StepBatches, named_parts
+from bilevel.hypergradient.method import HypergradientMethod
 from bilevel.problem import Problem
 from bilevel.purity import disturbances
+from bilevel.solvers import InnerSolver
+from bilevel.solvers.options import bind
 
 _MISTAKES = (RuntimeError, ValueError, LookupError, TypeError, AttributeError)
 _TORCH = Path(torch.__file__).parent
@@ -69,6 +72,35 @@ def try_losses(problem: FlatProblem, start: Tensor, hparams: Mapping[str, Tensor
             objective.loss(start, hparams)
     with blaming(user, "outer_loss", params=params, hparams=hparams, batch=outer):
         problem.outer_loss(start, hparams, outer)
+
+
+def check_arguments(problem: Any, solver: Any, method: Any) -> None:
+    """Refuse what is no problem, no inner solver or no hypergradient method, a class instead of an object above all."""
+    expected = (
+        ("problem", problem, Problem, "an instance of your Problem"),
+        ("solver", solver, InnerSolver, "an inner solver such as LBFGS()"),
+        ("hypergradient", method, HypergradientMethod, "a method such as Implicit(linear_solver=ConjugateGradient())"),
+    )
+    for name, value, kind, example in expected:
+        if isinstance(value, kind):
+            continue
+        if isinstance(value, type):
+            raise UsageError(f"{name} was expected to be {example}, but is the class itself: write {value.__name__}().")
+        raise UsageError(f"{name} was expected to be {example}, but is {value!r}.")
+
+
+def bind_solver(solver: InnerSolver, problem: FlatProblem, hparams: Mapping[str, Tensor]) -> InnerSolver:
+    """The solver with its options fitted to the problem's hyperparameters and parameters.
+
+    Raises:
+        UsageError: it needs the full batch where there are minibatches, or an option names nothing that fits.
+    """
+    if solver.full_batch and problem.problem.inner_batches is not None:
+        raise UsageError(
+            f"{type(solver).__name__} needs the full batch, but this problem has inner minibatches: "
+            "use GradientDescent or TorchOptimizer."
+        )
+    return bind(solver, problem.layout, hparams)
 
 
 def report_impurities(problem: FlatProblem, start: Tensor, hparams: Mapping[str, Tensor], batches: StepBatches) -> None:

@@ -1,0 +1,64 @@
+"""The linear solve behind an implicit hypergradient: made, looked at, handed to the policy, and put into words."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.errors import ConvergenceWarning
+from bilevel.hypergradient.negative_curvature import Handled, NegativeCurvature, System, met
+from bilevel.linalg import Tag
+from bilevel.result import Result, Solution
+
+
+def solve_adjoint(system: System, policy: NegativeCurvature, x0: Tensor | None = None) -> Handled:
+    """The solution and why it is biased; a `ConvergenceWarning` where it is none.
+
+    Args:
+        system: what is to be solved.
+        policy: for negative curvature.
+        x0: where to start.
+    """
+    solution = system.solve(system.operator, x0)
+    biased = (f"{type(system.solver).__name__} replaces the inverse Hessian",) * system.solver.biased
+    if Tag.symmetric in system.operator.tags and bool((negative := met(solution)).any()):
+        solution, reasons = policy.handle(system, solution, negative)
+        biased += reasons
+    if not _worst(solution).successful:
+        warnings.warn(_sentence(solution, system.vector), ConvergenceWarning, stacklevel=3)
+    return Handled(solution, biased)
+
+
+def describe_linear(solution: Solution, rhs: Tensor) -> dict[str, Any]:
+    """The linear solve's part of a receipt."""
+    return {
+        "linear_residual": _relative_residual(solution, rhs),
+        "num_mv": int(solution.num_mv.max()),
+        "linear_method": solution.method,
+        "linear_result": _worst(solution).name,
+        "curvature_min": float(solution.curvature_min.min()),
+        "curvature_max": float(solution.curvature_max.max()),
+    }
+
+
+def _worst(solution: Solution) -> Result:
+    """The worst of the batch; a square system with no better than a least-squares solution is singular."""
+    return Result.singular if solution.worst is Result.least_squares else solution.worst
+
+
+def _relative_residual(solution: Solution, rhs: Tensor) -> float:
+    size = rhs.norm(dim=-1)
+    return float(torch.where(size > 0, solution.residual_norm / torch.where(size > 0, size, 1.0), 0.0).max())
+
+
+def _sentence(solution: Solution, rhs: Tensor) -> str:
+    worst = _worst(solution)
+    does = "may be far off" if worst.usable else "is not applied"
+    return (
+        f"the linear solve of the hypergradient was expected to reach its tolerance, but ended with {worst.name} after "
+        f"{int(solution.num_mv.max())} products at a relative residual of {_relative_residual(solution, rhs):.3g} "
+        f"({worst.value}), so the hypergradient {does}."
+    )
