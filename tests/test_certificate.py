@@ -14,7 +14,8 @@ from bilevel import Box, Positive, Problem, Simplex, check
 from bilevel.cli.main import main
 from bilevel.diagnostics import Flaw, Verdict
 from bilevel.errors import UsageError
-from bilevel.hypergradient import ForwardMode, Implicit, OneStep, Unrolled
+from bilevel.hypergradient import AdaptiveAccuracy, ForwardMode, Implicit, OneStep, Unrolled
+from bilevel.hypergradient.unconverged import Raise as StopUnconverged
 from bilevel.linalg import GMRES, BiCGStab, ConjugateGradient, DenseCholesky, DenseLU, IdentitySolver
 from bilevel.solvers import (
     LBFGS,
@@ -220,6 +221,14 @@ class Kink(Problem):
         return (params["x"] - 1.0).square().sum()
 
 
+class Corner(Kink):
+    """An absolute value whose minimum is its corner: `sign(0) = 0` makes both sides look alike."""
+
+    def inner_loss(self, params, hparams, batch):
+        x, th = params["x"], hparams["th"]
+        return x[0].abs() + x[0].square() / 2 + (x[1] - th[1]).square() + (th[0] * x[1]).square()
+
+
 class Cube(torch.autograd.Function):
     """`x³` whose second derivative is wrong."""
 
@@ -275,6 +284,12 @@ FAULTS = {
     ),
     "flat direction": (FlatDirection, {}, Flaw.singular_hessian, "least eigenvalue"),
     "kink": (Kink, {"solver": GradientDescent(learning_rate=0.5, max_steps=500)}, Flaw.kink, "one side"),
+    "corner": (Corner, {}, Flaw.kink, "jumps"),
+    "policy that stops": (
+        Ridge,
+        {"solver": GradientDescent(max_steps=60, atol=1e-12), "hypergradient": Implicit(unconverged=StopUnconverged())},
+        Flaw.stopped_by_policy, "ended with max_steps after 60 steps",
+    ),
     "wrong backward": (WrongBackward, {}, Flaw.wrong_derivative, "finite differences"),
     "detached hyperparameter": (DetachedPenalty, {}, Flaw.wrong_mixed_product, "mixed product"),
     "linear solve too loose": (
@@ -294,6 +309,55 @@ def test_a_planted_fault_is_caught_under_its_own_name(name):
     assert certificate.verdict is Verdict.fault
     assert list(certificate.found) == [flaw], certificate.found
     assert re.search(place, certificate.found[flaw])
+
+
+def test_what_an_earlier_flaw_makes_meaningless_is_neither_passed_nor_failed():
+    rows = {row.check: row for row in check(WrongBackward(), solver=SOLVED, hypergradient=CG).rows}
+    sound = [row.check for row in check(Ridge(), solver=SOLVED, hypergradient=CG).rows]
+    assert list(rows) == sound  # the keys of certificate.json do not depend on what was found
+    method = rows["the method"]
+    assert method.passed is None and "not judged: wrong_derivative" in method.figure
+    assert method.as_json()["passed"] is None and rows["products repeat"].as_json()["passed"] is True
+
+
+def test_the_method_is_compared_with_finite_differences_too():
+    def figure(method):
+        row = next(row for row in check(Ridge(), solver=SOLVED, hypergradient=method).rows if row.check == "the method")
+        return [float(number) for number in re.findall(r"[\d.]+(?:e-?\d+)?(?= from finite|,)", row.figure)]
+
+    exact, from_differences = figure(CG)
+    assert exact < 1e-6 and from_differences < 1e-6
+    exact, from_differences = figure(Implicit(linear_solver=IdentitySolver(0.1)))
+    assert exact > 0.1 and from_differences > 0.1
+
+
+def test_where_tolerances_adapt_the_first_step_of_a_run_is_told():
+    def told(method):
+        return next(
+            row.figure for row in check(Ridge(300), hypergradient=method).rows if row.check == "the first outer step"
+        )
+
+    loose = told(Implicit.auto(accuracy=AdaptiveAccuracy(first_linear=0.9, first_inner=0.9)))
+    error, said = map(float, re.search(r"relative error ([\d.e-]+), .*; its receipt says ([\d.e+-]+)", loose).groups())
+    assert error > 1e-4 and said > error
+    assert told(CG) == "at the solvers' own tolerances, as above"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"hparams": {"pen": torch.ones(4)}}, r"hparams were expected to be \['penalty'\], but are \['pen'\]"),
+        ({"hparams": {"penalty": torch.ones(3)}}, r"shape \(4,\)"),
+        ({"hypergradient": Implicit}, r"is the class itself: write Implicit\(\)"),
+        ({"solver": "lbfgs"}, "solver was expected to be an inner solver"),
+        ({"tolerance": 0}, "tolerance above 0"),
+        ({"tolerance": float("nan")}, "tolerance above 0"),
+        ({"solver": GradientDescent(learning_rate="rate")}, "is 'rate'"),
+    ],
+)
+def test_check_refuses_what_it_cannot_look_at(options, said):
+    with pytest.raises(UsageError, match=said):
+        check(Ridge(), **options)
 
 
 # --- sound problems ---------------------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+import re
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -21,8 +23,16 @@ from bilevel.diagnostics.planner import _steps_seconds
 from bilevel.diagnostics.trials import InnerTrial, Site, try_inner, try_linear, try_recorded
 from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem, StepBatches, natural_hparams
-from bilevel.hypergradient import ForwardMode, Implicit, Unrolled, differentiate, hypergradient_at
-from bilevel.linalg import GMRES, MINRES, ConjugateGradient, NeumannSeries
+from bilevel.hypergradient import (
+    AdaptiveAccuracy,
+    ForwardMode,
+    Implicit,
+    Unrolled,
+    differentiate,
+    hypergradient_at,
+)
+from bilevel.linalg import GMRES, MINRES, AutoSolver, ConjugateGradient, NeumannSeries
+from bilevel.preconditioner import Nystrom
 from bilevel.solvers import LBFGS, AndersonAcceleration, GradientDescent, InnerResult, NewtonCG
 from bilevel.trainer import Trainer
 
@@ -254,10 +264,10 @@ ROWS = (OWN, SLIM, QUICK, BIASED, LOOSE, BLIND)
 @pytest.mark.parametrize(
     ("rows", "budget", "chosen", "words"),
     [
-        (ROWS, Budget(), QUICK, "the fastest that fits no limit"),
-        (ROWS, Budget(seconds=50), QUICK, "fits 50 s"),
+        (ROWS, Budget(), QUICK, "the fastest among the soundest (exact)"),
+        (ROWS, Budget(seconds=50), QUICK, "among the soundest that fit 50 s"),
         (ROWS, Budget(memory_gb=2), OWN, "fits 2 GB"),
-        (ROWS, Budget(memory_gb=0.3), SLIM, "fits 0.3 GB"),
+        (ROWS, Budget(memory_gb=0.3), SLIM, "that fit 0.3 GB"),
         (ROWS, Budget(seconds=50, memory_gb=2), LOOSE, "biased would take"),
         ((OWN, BIASED), Budget(seconds=50), BIASED, "(biased)"),
         ((OWN, forecast_row("alike", 90.0, 1.0)), Budget(), OWN, "no method as sound is faster by more than a forecast may err"),
@@ -375,7 +385,10 @@ def test_a_plan_has_every_method_with_its_price(ridge):
     assert names[0] == "as configured: Implicit, ConjugateGradient"
     for name in ("ConjugateGradient", "MINRES", "NeumannSeries", "DenseCholesky"):
         assert f"implicit, {name}" in names
-    for name in ("unrolled", "one step", "forward mode", "finite differences"):
+    for name in (
+        "implicit, automatic", "implicit, IdentitySolver", "implicit update", "unrolled", "one step", "forward mode",
+        "finite differences", "SAMA",
+    ):  # fmt: skip
         assert name in names
     assert any("checkpointed" in name for name in names)
     for row in ridge.rows:
@@ -388,6 +401,34 @@ def test_a_plan_knows_what_a_number_is_worth(ridge):
     for name in ("one step", "finite differences"):
         assert row_of(ridge, name).worth == "biased" and row_of(ridge, name).rank == 3
     assert ridge.chosen.worth == "exact"
+
+
+class Uneven(Ridge):
+    """Features of very different sizes."""
+
+    def __init__(self):
+        super().__init__(300)
+        self.x = self.x * torch.logspace(0, -3, 300).to(self.x)
+
+
+def test_what_is_priced_is_what_the_keys_compose():
+    found = plan(Uneven(), trainer=SHORT, pilot_steps=1, allowance=1.0)
+    plain = Implicit(linear_solver=ConjugateGradient())  # hypergradient=implicit_cg
+    (made,) = [one for one in found.candidates if one.keys == "hypergradient=implicit_cg"]
+    assert made.method == plain
+    real = hypergradient_at(Uneven(), method=plain, solver=made.solver).receipt.products
+    assert made.counts.endswith(f" {real} products")
+    own = Implicit(linear_solver=MINRES(rtol=1e-3), preconditioner=Nystrom())
+    found = plan(Uneven(), trainer=SHORT, pilot_steps=1, allowance=1.0, hypergradient=own)
+    (made,) = [one for one in found.candidates if one.keys == "hypergradient=implicit_cg"]
+    assert made.method == replace(own, linear_solver=ConjugateGradient(rtol=1e-3))  # what was chosen stays chosen
+
+
+def test_a_number_that_is_as_accurate_as_a_step_needs_is_not_called_exact():
+    loose = Implicit.auto(linear_solver=AutoSolver(dense_size=0), accuracy=AdaptiveAccuracy(first_linear=0.9))
+    found = plan(Uneven(), trainer=SHORT, pilot_steps=1, allowance=1.0, hypergradient=loose)
+    assert re.fullmatch(r"as needed: [\d.e+]+ %", found.configured.worth) and found.configured.rank == 0
+    assert row_of(found, "implicit, Conj").worth == "exact"
 
 
 def test_a_plan_says_what_was_measured_and_what_was_not(ridge):

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from bilevel.diagnostics import cost
 from bilevel.diagnostics.cost import Cost, Recorded, Units
 from bilevel.diagnostics.trials import InnerTrial, LinearTrial, Site, try_linear, try_recorded
 from bilevel.errors import UsageError
 from bilevel.hypergradient import (
+    SAMA,
     FiniteDifference,
+    FixedAccuracy,
     ForwardMode,
     HypergradientMethod,
     Implicit,
+    ImplicitUpdate,
     OneStep,
     Unrolled,
     find_paths,
@@ -22,11 +26,14 @@ from bilevel.hypergradient import (
 from bilevel.hypergradient.paths import EXPLANATIONS
 from bilevel.linalg import (
     GMRES,
+    LSMR,
     MINRES,
+    AutoSolver,
     BiCGStab,
     ConjugateGradient,
     DenseCholesky,
     DenseLU,
+    IdentitySolver,
     NeumannSeries,
 )
 from bilevel.linalg.iterative import IterativeSolver
@@ -56,6 +63,7 @@ class Candidate:
         unreached: hyperparameters that would get no gradient, each with the reason.
         source: what the cost rests on.
         counts: inner steps and products, in words.
+        error: estimated relative error of the number, where the method's accuracy adapts; NaN elsewhere.
     """
 
     name: str
@@ -72,6 +80,7 @@ class Candidate:
     unreached: dict[str, str] = field(default_factory=dict)
     source: str = UNITS
     counts: str = ""
+    error: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -123,41 +132,83 @@ def _unsolved(trial: InnerTrial) -> str:
     return f"{type(trial.solver).__name__} ends at a gradient norm of {trial.stationarity:.2g}"
 
 
+def _plain(method: Implicit) -> Implicit:
+    """What the automatic method presets goes with it, where another option of the group `hypergradient` is chosen."""
+    if not isinstance(method.linear_solver, AutoSolver):
+        return method
+    auto, plain = Implicit.auto(), Implicit()
+    preset = [one.name for one in fields(Implicit) if getattr(auto, one.name) != getattr(plain, one.name)]
+    return replace(method, **{name: getattr(plain, name) for name in preset})
+
+
+def _auto(bench: Bench) -> Iterator[Candidate]:
+    """The automatic method, at the tolerances that a run starts with; the first row of a plan is that, if it is configured."""
+    if bench.implicit != Implicit.auto():
+        yield _tried(bench, _own(bench, "implicit, automatic", Implicit.auto(), "implicit_auto"), bench.own)
+
+
 def _iterative(bench: Bench) -> Iterator[Candidate]:
     """The theorem with each iterative solver that the operator allows, everything else as configured."""
     configured = bench.implicit.linear_solver
     solvers: dict[str, IterativeSolver] = (
         {"cg": ConjugateGradient(), "minres": MINRES(), "neumann": NeumannSeries()}
         if bench.symmetric
-        else {"gmres": GMRES(), "bicgstab": BiCGStab()}
+        else {"gmres": GMRES(), "bicgstab": BiCGStab(), "lsmr": LSMR()}
     )
     for name, solver in solvers.items():
         if isinstance(configured, type(solver)):
             solver = configured
         elif (rtol := getattr(configured, "rtol", None)) is not None:
             solver = replace(solver, rtol=rtol)
-        method = replace(bench.implicit, linear_solver=solver)
-        made = Candidate(
-            name=f"implicit, {type(solver).__name__}",
-            method=method,
-            solver=bench.own.solver,
-            keys=f"hypergradient=implicit_{name}",
-            inner_seconds=bench.own.seconds,
-        )
-        try:
-            trial = try_linear(bench.site, bench.units, bench.own.solver, bench.own.params, method)
-        except UsageError as error:
-            yield replace(made, refused=str(error).rstrip("."))
-            continue
-        units = replace(bench.units, graph_bytes=trial.bytes)
-        yield replace(
-            made,
-            cost=cost.implicit(units, bench.own.seconds, trial.products, trial.product_seconds),
-            grows=trial.solved,
-            short=_unsolved(bench.own) or _left(trial),
-            source=CUT if bench.own.extrapolated or trial.made < trial.products else UNITS,
-            counts=f"{bench.own.num_steps} steps, {trial.products:.0f} products",
-        )
+        method = replace(_plain(bench.implicit), linear_solver=solver)
+        yield _tried(bench, _own(bench, f"implicit, {type(solver).__name__}", method, f"implicit_{name}"), bench.own)
+
+
+def _update(bench: Bench) -> Iterator[Candidate]:
+    """The theorem for the step of a solver that is a rule."""
+    counts = f"{bench.recorded.num_steps} steps"
+    yield _tried(
+        bench, _recording(bench, "implicit update", "implicit_update", ImplicitUpdate(), counts), bench.recorded
+    )
+
+
+def _own(bench: Bench, name: str, method: HypergradientMethod, keys: str) -> Candidate:
+    """What methods share that go with the configured inner solver."""
+    return Candidate(
+        name=name,
+        method=method,
+        solver=bench.own.solver,
+        keys=f"hypergradient={keys}",
+        inner_seconds=bench.own.seconds,
+        short=_unsolved(bench.own),
+        source=CUT if bench.own.extrapolated else UNITS,
+        counts=f"{bench.own.num_steps} steps",
+    )
+
+
+def _tried(bench: Bench, made: Candidate, inner: InnerTrial) -> Candidate:
+    """Priced by the hypergradient itself, made from the inner solution that is there."""
+    method = made.method
+    assert isinstance(method, Implicit | ImplicitUpdate)
+    if made.refused:
+        return made
+    try:
+        method.check(inner.solver)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what a run would warn of is not a row's to say
+            trial = try_linear(bench.site, bench.units, inner.solver, inner.params, method)
+    except UsageError as error:
+        return replace(made, refused=str(error).rstrip("."))
+    units = replace(bench.units, graph_bytes=trial.bytes)
+    return replace(
+        made,
+        cost=cost.implicit(units, inner.seconds, trial.products, trial.product_seconds),
+        grows=trial.solved,
+        short=made.short or _left(trial),
+        source=CUT if inner.extrapolated or trial.made < trial.products else UNITS,
+        counts=f"{inner.num_steps} steps, {trial.products:.0f} products",
+        error=math.nan if isinstance(method.accuracy, FixedAccuracy) else trial.error,
+    )
 
 
 def _left(trial: LinearTrial) -> str:
@@ -266,35 +317,44 @@ def _solver_keys(solver: InnerSolver) -> str:
     return " ".join(["solver=gradient_descent", *(f"solver.{key}={value}" for key, value in values.items())])
 
 
-def _finite_difference(bench: Bench) -> Iterator[Candidate]:
-    """DARTS."""
-    method, solver = FiniteDifference(), bench.own.solver
-    made = Candidate(
-        name="finite differences",
-        method=method,
-        solver=solver,
-        keys="hypergradient=finite_difference",
-        inner_seconds=bench.own.seconds,
-        biased="one virtual step stands for the inverse Hessian",
-        short=_unsolved(bench.own),
-        source=CUT if bench.own.extrapolated else UNITS,
-        counts=f"{bench.own.num_steps} steps",
+def _first_order(bench: Bench) -> Iterator[Candidate]:
+    """Those that take no product: the identity for the inverse Hessian, DARTS, and SAMA."""
+    own, recorded = bench.own, bench.recorded
+    identity = Implicit(linear_solver=IdentitySolver(), error_estimate=None)
+    key = "implicit_identity hypergradient.error_estimate=null"
+    made = _own(bench, "implicit, IdentitySolver", identity, key)
+    yield replace(
+        made,
+        biased="the identity stands for the inverse Hessian",
+        cost=cost.implicit(bench.units, own.seconds, 0, 0.0),
     )
+    made = _own(bench, "finite differences", FiniteDifference(), "finite_difference")
+    made = replace(made, biased="one virtual step stands for the inverse Hessian")
+    yield _differenced(bench, made, own)
+    made = _recording(bench, "SAMA", "sama", SAMA(), f"{recorded.num_steps} steps")
+    made = replace(made, biased="the identity and the optimiser's scale stand for the inverse Hessian")
+    yield _differenced(bench, made, recorded)
+
+
+def _differenced(bench: Bench, made: Candidate, inner: InnerTrial) -> Candidate:
+    """Priced as a central difference of the inner loss, which there has to be."""
+    if made.refused:
+        return made
     try:
-        method.check(solver)
+        made.method.check(inner.solver)
     except UsageError as error:
-        yield replace(made, refused=str(error))
-        return
+        return replace(made, refused=str(error).rstrip("."))
     if bench.site.flat.objective(bench.site.batches.curvature).loss is None:
-        yield replace(made, refused="it needs inner_loss, and the problem defines only optimality")
-    else:
-        yield replace(made, cost=cost.finite_difference(bench.units, bench.own.seconds))
+        return replace(made, refused="it needs inner_loss, and the problem defines only optimality")
+    return replace(made, cost=cost.finite_difference(bench.units, inner.seconds))
 
 
 MAKERS: tuple[Callable[[Bench], Iterator[Candidate]], ...] = (
+    _auto,
     _iterative,
     _dense,
+    _update,
     _recorded,
     _forward,
-    _finite_difference,
+    _first_order,
 )

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from bilevel.diagnostics.checks import CHECKS, Limits, one_function
+from bilevel.diagnostics.checks import CHECKS, TITLES, Limits, one_function
 from bilevel.diagnostics.curves import error_curves
 from bilevel.diagnostics.finding import Flaw, Row
 from bilevel.diagnostics.subject import Subject
 from bilevel.errors import UsageError, nearest
 from bilevel.hypergradient import HypergradientMethod, Implicit, default_solver
+from bilevel.hypergradient.trial import check_arguments
 from bilevel.problem import Problem
 from bilevel.solvers import InnerSolver
 
 # What a flaw explains: rows that fail only for that reason say so instead of naming flaws of their own.
 EVERYTHING = frozenset(
-    {"repeatable", "symmetric", "spectrum", "smooth", "adjoint", "stationarity", "finite_differences", "method"}
+    {
+        "repeatable",
+        "symmetric",
+        "spectrum",
+        "smooth",
+        "adjoint",
+        "stationarity",
+        "finite_differences",
+        "method",
+        "first_step",
+    }
 )
 CONSEQUENCES: Mapping[Flaw, frozenset[str]] = {
     Flaw.hidden_randomness: EVERYTHING,
@@ -26,9 +38,11 @@ CONSEQUENCES: Mapping[Flaw, frozenset[str]] = {
     Flaw.changed_in_place: EVERYTHING,
     Flaw.nonfinite: EVERYTHING,
     Flaw.kink: EVERYTHING,
-    Flaw.singular_hessian: frozenset({"smooth", "adjoint", "stationarity", "finite_differences", "method"}),
-    Flaw.wrong_optimality: frozenset({"stationarity", "finite_differences", "method"}),
-    Flaw.wrong_derivative: frozenset({"stationarity", "finite_differences", "method"}),
+    Flaw.singular_hessian: frozenset(
+        {"smooth", "adjoint", "stationarity", "finite_differences", "method", "first_step"}
+    ),
+    Flaw.wrong_optimality: frozenset({"stationarity", "finite_differences", "method", "first_step"}),
+    Flaw.wrong_derivative: frozenset({"stationarity", "finite_differences", "method", "first_step"}),
     Flaw.wrong_mixed_product: frozenset({"finite_differences"}),
 }
 
@@ -107,19 +121,21 @@ def check(
 
     Looks whether the losses are functions (no draws, no changing buffers), whether products repeat and are symmetric, at
     the spectrum of the inner Hessian, at kinks, at the mixed product, at what the inner solve leaves, and compares the
-    theorem's number with finite differences of the *re-solved* problem, and the configured method with both.
+    theorem's number with finite differences of the *re-solved* problem, and the configured method with both. The method is
+    certified at the tolerances that the solvers were given; where it adapts them, the error of its first step is told.
 
     Args:
         problem: is copied; the copy is moved to float64.
         solver: the inner solver; L-BFGS by default, gradient descent for problems with minibatches.
-        hypergradient: the method to certify; implicit by default.
+        hypergradient: the method to certify; `Implicit.auto()` by default, as in `fit`.
         hparams: where, natural units; `init_hparams()` by default.
         declared: findings that are expected, by name, each with its reason; others fail, and so does one that is absent.
         tolerance: relative error of the hypergradient that passes.
         seed: of the random directions.
 
     Raises:
-        UsageError: a declared name is no finding, or the parts do not fit each other.
+        UsageError: a declared name is no finding, the tolerance is not above 0, `hparams` are not those of the problem, or the
+            parts do not fit each other.
 
     Example:
         >>> import torch
@@ -141,11 +157,14 @@ def check(
         if name not in names:
             hint = nearest(name, names, f"they are {', '.join(names)}.")
             raise UsageError(f"a declared finding was expected to be a known one, but is '{name}': {hint}")
-    solver = solver or default_solver(problem)
-    method = hypergradient or Implicit()
+    if not 0 < tolerance < math.inf:
+        raise UsageError(f"check needs a tolerance above 0, a relative error such as 0.01, but got {tolerance!r}.")
+    solver = default_solver(problem) if solver is None else solver
+    method = Implicit.auto() if hypergradient is None else hypergradient
+    check_arguments(problem, solver, method)
     method.check(solver)
-    subject = Subject.of(problem, solver, method, hparams)
-    rows, limits = [], Limits(tolerance, seed)
+    subject = Subject.of(problem, solver, method, hparams, seed)
+    rows, limits = [], Limits(tolerance)
     rows.append(one_function(subject, limits))  # outside the solve, inside of which nothing would be seen
     with subject.flat.purity.solve():
         rows += _run(subject, limits, rows[0])
@@ -161,7 +180,7 @@ def _run(subject: Subject, limits: Limits, first: Row) -> list[Row]:
     explained = _consequences(first)
     for one in CHECKS:
         if one.__name__ in explained:
-            rows.append(Row(one.__name__.replace("_", " "), f"not judged: {explained[one.__name__].name}"))
+            rows.append(Row(TITLES[one.__name__], f"not judged: {explained[one.__name__].name}", judged=False))
             continue
         row = one(subject, limits)
         rows.append(row)

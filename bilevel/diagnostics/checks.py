@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -9,10 +10,18 @@ import torch
 from torch import Tensor
 
 from bilevel.diagnostics.finding import Flaw, Row
-from bilevel.diagnostics.resolved import directional_derivatives
+from bilevel.diagnostics.resolved import discrepancy
 from bilevel.diagnostics.subject import DENSE_LIMIT, Subject, solve
 from bilevel.errors import NumericalError
-from bilevel.hypergradient import FixedAccuracy, Implicit, differentiate, find_paths, start_method
+from bilevel.hypergradient import (
+    FixedAccuracy,
+    Hypergradient,
+    HypergradientMethod,
+    Implicit,
+    differentiate,
+    find_paths,
+    start_method,
+)
 from bilevel.linalg import Tag, as_matrix, lanczos
 from bilevel.linearisation import Linearisation
 from bilevel.problem import Problem
@@ -24,7 +33,23 @@ DIFFERENCE = 1e-3  # relative difference that finite differences leave
 SINGULAR = 1e-12  # least over largest eigenvalue below which a Hessian counts as singular
 NUM_LANCZOS = 80
 KINK = 1e-6  # length of the steps to either side of the solution, relative to its size
+SHORTER = 0.1  # factor of a second length, at which a jump shows
 DATA_DRAWS = ("randint", "randperm", "multinomial")  # what draws indices, not noise
+
+TITLES = {
+    "one_function": "losses are fixed functions",
+    "paths": "hyperparameters reached",
+    "stationarity": "inner problem solved",
+    "optimality_and_loss": "optimality fits inner_loss",
+    "repeatable": "products repeat",
+    "symmetric": "symmetry <u, Hv> = <v, Hu>",
+    "smooth": "smooth at the solution",
+    "adjoint": "adjoint of the mixed product",
+    "spectrum": "curvature",
+    "finite_differences": "finite differences of the re-solved problem",
+    "method": "the method",
+    "first_step": "the first outer step",
+}
 
 Check = Callable[[Subject, "Limits"], Row]
 
@@ -35,16 +60,9 @@ class Limits:
 
     Attributes:
         tolerance: relative error of the hypergradient.
-        seed: of the random directions.
     """
 
     tolerance: float = 1e-2
-    seed: int = 0
-
-    def direction(self, like: Tensor, number: int) -> Tensor:
-        """A random unit vector for each system."""
-        vector = normal(tuple(like.shape), generator(self.seed, number), like.dtype, like.device)
-        return vector / vector.norm(dim=-1, keepdim=True)
 
 
 def one_function(subject: Subject, limits: Limits) -> Row:
@@ -69,7 +87,7 @@ def one_function(subject: Subject, limits: Limits) -> Row:
     for one in found:
         is_data = one.fault is Fault.noise and one.place.startswith(DATA_DRAWS)
         flaws.append((Flaw.fresh_minibatch if is_data else Flaw[one.fault.name], one.place))
-    return Row("losses are fixed functions", f"{len(flaws)} disturbances" if flaws else "yes", "yes", tuple(flaws))
+    return Row(TITLES["one_function"], f"{len(flaws)} disturbances" if flaws else "yes", "yes", tuple(flaws))
 
 
 def paths(subject: Subject, limits: Limits) -> Row:
@@ -82,7 +100,7 @@ def paths(subject: Subject, limits: Limits) -> Row:
             where = f"only by the paths {', '.join(sorted(ways))}" if ways else "by no path at all"
             flaws.append((Flaw.disconnected_hyperparameter, f"'{name}' reaches the outer loss {where}"))
     connected = len(found) - len(flaws)
-    return Row("hyperparameters reached", f"{connected} of {len(found)}", "all", tuple(flaws))
+    return Row(TITLES["paths"], f"{connected} of {len(found)}", "all", tuple(flaws))
 
 
 def stationarity(subject: Subject, limits: Limits) -> Row:
@@ -103,47 +121,47 @@ def stationarity(subject: Subject, limits: Limits) -> Row:
                 f"hypergradient there is {error:.2g} from that at the solution",
             ),
         )
-    return Row("inner problem solved", figure, f"error <= {limits.tolerance:g}", flaws)
+    return Row(TITLES["stationarity"], figure, f"error <= {limits.tolerance:g}", flaws)
 
 
 def optimality_and_loss(subject: Subject, limits: Limits) -> Row:
     """Where a problem has both, the loss has to be stationary where `optimality` vanishes."""
     problem = subject.problem
     if not hasattr(problem, "optimality") or type(problem).inner_loss is Problem.inner_loss:
-        return Row("optimality fits inner_loss", "only one is defined")
+        return Row(TITLES["optimality_and_loss"], "only one is defined")
     of_loss = subject.flat.loss_objective(subject.batches.curvature)
     with torch.no_grad():
         at_root = of_loss.gradient(subject.refined, subject.hparams).norm()
-        moved = subject.refined + limits.direction(subject.refined, 7) * subject.refined.norm().clamp(min=1.0)
+        moved = subject.refined + _direction(subject, subject.refined, 7) * subject.refined.norm().clamp(min=1.0)
         near = of_loss.gradient(moved, subject.hparams).norm()
     figure = float(at_root / near)
     flaws: tuple[tuple[Flaw, str], ...] = ()
     if not figure <= DIFFERENCE:
         said = f"where optimality vanishes the gradient of inner_loss has norm {float(at_root):.2g} ({float(near):.2g} nearby)"
         flaws = ((Flaw.wrong_optimality, said),)
-    return Row("optimality fits inner_loss", f"{figure:.2g}", f"<= {DIFFERENCE:g}", flaws)
+    return Row(TITLES["optimality_and_loss"], f"{figure:.2g}", f"<= {DIFFERENCE:g}", flaws)
 
 
 def repeatable(subject: Subject, limits: Limits) -> Row:
     """The same product from two graphs of the same point."""
-    vector = limits.direction(subject.refined, 1)
+    vector = _direction(subject, subject.refined, 1)
     again = subject.linearise(subject.refined, subject.hparams)
     error = relative(again.operator.mv(vector), subject.at_refined.operator.mv(vector))
     said = f"two products of one vector at one point differ by {error:.2g}"
-    return _row("products repeat", error, EXACT, Flaw.unrepeatable_product, said)
+    return _row(TITLES["repeatable"], error, EXACT, Flaw.unrepeatable_product, said)
 
 
 def symmetric(subject: Subject, limits: Limits) -> Row:
     """`<u, Hv> = <v, Hu>`."""
     operator = subject.at_refined.operator
     if Tag.symmetric not in operator.tags:
-        return Row("symmetry <u, Hv> = <v, Hu>", "no Hessian: the inner problem is an optimality")
-    u, v = limits.direction(subject.refined, 2), limits.direction(subject.refined, 3)
+        return Row(TITLES["symmetric"], "no Hessian: the inner problem is an optimality")
+    u, v = _direction(subject, subject.refined, 2), _direction(subject, subject.refined, 3)
     left, right = operator.mv(v), operator.mv(u)
     gap = ((u * left).sum(-1) - (v * right).sum(-1)).abs()
     error = float((gap / (left.norm(dim=-1) + right.norm(dim=-1)).clamp(min=1e-300)).max())
     return _row(
-        "symmetry <u, Hv> = <v, Hu>",
+        TITLES["symmetric"],
         error,
         EXACT,
         Flaw.unsymmetric_hessian,
@@ -152,32 +170,43 @@ def symmetric(subject: Subject, limits: Limits) -> Row:
 
 
 def smooth(subject: Subject, limits: Limits) -> Row:
-    """Differences of `F` to either side of the solution agree with each other and with the product."""
-    x, at = subject.refined, subject.at_refined
-    length = KINK * x.norm(dim=-1, keepdim=True).clamp(min=1.0)
-    worst = one_sided = 0.0
+    """Differences of `F` to either side of the solution agree with each other, with shorter ones, and with the product."""
+    worst = one_sided = jump = 0.0
     for number in range(3):
-        v = limits.direction(x, 10 + number)
-        plus, minus = (subject.linearise(x + s * length * v, subject.hparams).optimality.detach() for s in (1, -1))
-        here, product = at.optimality.detach(), at.operator.mv(v)
-        size = product.norm(dim=-1).clamp(min=1e-8 * _size(at))
-        ahead, behind = (plus - here) / length, (here - minus) / length
-        one_sided = max(one_sided, float(((ahead - behind).norm(dim=-1) / size).max()))
-        worst = max(worst, float((((plus - minus) / (2 * length) - product).norm(dim=-1) / size).max()))
+        v = _direction(subject, subject.refined, 10 + number)
+        found = [_differences(subject, v, KINK * shorter) for shorter in (1.0, SHORTER)]
+        one_sided, worst = max(one_sided, found[0][0]), max(worst, found[0][1])
+        jump = max(jump, found[1][1] / found[0][1] if found[0][1] > DIFFERENCE else 0.0)
+    # Where F jumps (|x| at zero), both sides agree and grow as the step gets shorter; a wrong product stays as wrong as it is.
+    is_jump = jump > 0.5 / SHORTER
     error = max(one_sided, worst)
-    said = f"the derivative of F to one side of the solution differs from the other side's by {one_sided:.2g}"
-    flaw = Flaw.kink if one_sided > DIFFERENCE else Flaw.wrong_derivative
-    if flaw is Flaw.wrong_derivative:
-        said = f"products with the Hessian differ from finite differences of F by {worst:.2g}"
-        flaw = Flaw.wrong_optimality if hasattr(subject.problem, "optimality") else flaw
-    return _row("smooth at the solution", error, DIFFERENCE, flaw, said)
+    if one_sided > DIFFERENCE or is_jump:
+        said = f"the derivative of F to one side of the solution differs from the other side's by {one_sided:.2g}"
+        if one_sided <= DIFFERENCE:
+            said = "F jumps at the solution: its differences grow as steps get shorter, as those of |x|' do at zero"
+        return _row(TITLES["smooth"], error, DIFFERENCE, Flaw.kink, said)
+    said = f"products with the Hessian differ from finite differences of F by {worst:.2g}"
+    flaw = Flaw.wrong_optimality if hasattr(subject.problem, "optimality") else Flaw.wrong_derivative
+    return _row(TITLES["smooth"], error, DIFFERENCE, flaw, said)
+
+
+def _differences(subject: Subject, v: Tensor, length: float) -> tuple[float, float]:
+    """Between the two one-sided differences of `F` along `v`, and between the central one and the product, relative."""
+    x, at = subject.refined, subject.at_refined
+    step = length * x.norm(dim=-1, keepdim=True).clamp(min=1.0)
+    plus, minus = (subject.linearise(x + s * step * v, subject.hparams).optimality.detach() for s in (1, -1))
+    here, product = at.optimality.detach(), at.operator.mv(v)
+    size = product.norm(dim=-1).clamp(min=1e-8 * _size(at))
+    ahead, behind = (plus - here) / step, (here - minus) / step
+    one_sided = ((ahead - behind).norm(dim=-1) / size).max()
+    return float(one_sided), float((((plus - minus) / (2 * step) - product).norm(dim=-1) / size).max())
 
 
 def adjoint(subject: Subject, limits: Limits) -> Row:
     """`<w, (∂F/∂θ) u>` by finite differences of `F` against `<(∂F/∂θ)^T w, u>` by the graph."""
     x, layout = subject.refined, subject.layout
     theta = layout.ravel(subject.hparams)
-    u, w = limits.direction(theta, 20) * theta.abs().clamp(min=1e-3), limits.direction(x, 21)
+    u, w = _direction(subject, theta, 20) * theta.abs().clamp(min=1e-3), _direction(subject, x, 21)
     length = 1e-4
     values = [subject.linearise(x, layout.unravel(theta + s * length * u)).optimality.detach() for s in (1, -1)]
     forward = float((w * (values[0] - values[1])).sum() / (2 * length))
@@ -187,7 +216,7 @@ def adjoint(subject: Subject, limits: Limits) -> Row:
     error = abs(forward - backward) / max(size, change, 1e-12)
     said = f"the mixed product and finite differences of F in the hyperparameters differ by {error:.2g}"
     flaw = Flaw.wrong_optimality if hasattr(subject.problem, "optimality") else Flaw.wrong_mixed_product
-    return _row("adjoint of the mixed product", error, DIFFERENCE, flaw, said)
+    return _row(TITLES["adjoint"], error, DIFFERENCE, flaw, said)
 
 
 def spectrum(subject: Subject, limits: Limits) -> Row:
@@ -200,13 +229,13 @@ def spectrum(subject: Subject, limits: Limits) -> Row:
         smallest, largest = values.amin(-1), values.amax(-1)
         least = values.abs().amin(-1)
     elif is_hessian:
-        ritz = lanczos(operator, NUM_LANCZOS, limits.seed)
+        ritz = lanczos(operator, NUM_LANCZOS, subject.seed)
         smallest, largest = ritz.smallest, ritz.largest
         least = _least_by_inverse(subject, limits)
     else:
         gram = operator.transpose() @ operator
         gram.tags = gram.tags | {Tag.symmetric}
-        ritz = lanczos(gram, NUM_LANCZOS, limits.seed)
+        ritz = lanczos(gram, NUM_LANCZOS, subject.seed)
         smallest, largest = ritz.smallest.clamp(min=0).sqrt(), ritz.largest.sqrt()
         least = _least_by_inverse(subject, limits)
     size = torch.maximum(smallest.abs(), largest.abs())
@@ -218,33 +247,28 @@ def spectrum(subject: Subject, limits: Limits) -> Row:
         flaws = ((Flaw.singular_hessian, f"least eigenvalue in size {float(least.min()):.2g}, largest {high:.2g}"),)
     elif is_hessian and bool((smallest < -SINGULAR * size).any()):
         flaws = ((Flaw.indefinite_hessian, f"least eigenvalue {float(smallest.min()):.3g}, largest {high:.3g}"),)
-    return Row("curvature", figure, "positive definite" if is_hessian else "invertible", flaws)
+    return Row(TITLES["spectrum"], figure, "positive definite" if is_hessian else "invertible", flaws)
 
 
 def finite_differences(subject: Subject, limits: Limits) -> Row:
     """The theorem's number against differences of the re-solved problem along directions of the hyperparameters."""
-    measured = directional_derivatives(subject, subject.exact, limits.seed)
-    error = max(one.error for one in measured)
+    error = discrepancy(subject, subject.measured, subject.exact)
     said = f"finite differences of the re-solved problem differ from the theorem's derivative by {error:.2g}"
     flaw = Flaw.wrong_optimality if hasattr(subject.problem, "optimality") else Flaw.wrong_derivative
-    return _row("finite differences of the re-solved problem", error, DIFFERENCE, flaw, said)
+    return _row(TITLES["finite_differences"], error, DIFFERENCE, flaw, said)
 
 
 def method(subject: Subject, limits: Limits) -> Row:
-    """The configured method as the outer loop would run it, against the theorem at the same point.
+    """The configured method as the outer loop would run it, against the theorem at the same point and finite differences.
 
     At the solvers' own tolerances: by how much an outer step may fall short of them is what the receipt of that step says.
     """
-    name = type(subject.method).__name__
-    start = subject.flat.start(subject.hparams).detach()
-    judged = replace(subject.method, accuracy=FixedAccuracy())
-    state = start_method(judged, subject.flat, subject.solver, start, subject.hparams)
-    try:
-        result = differentiate(judged, subject.flat, subject.solver, start, subject.hparams, subject.batches, state)
-    except NumericalError as refusal:
-        return Row(f"the method, {name}", f"stopped by its policy: {refusal}")
+    name, title = type(subject.method).__name__, TITLES["method"]
+    result = _as_in_a_run(subject, replace(subject.method, accuracy=FixedAccuracy()))
+    if isinstance(result, NumericalError):
+        return Row(title, f"{name} stops", f"<= {limits.tolerance:g}", ((Flaw.stopped_by_policy, str(result)),))
     gradient, implicit = subject.layout.ravel(result.gradient), isinstance(subject.method, Implicit)
-    error = relative(gradient, subject.exact)
+    error, beside_measured = relative(gradient, subject.exact), discrepancy(subject, subject.measured, gradient)
     beside = relative(gradient, subject.hypergradient(subject.at_own)[0] if implicit else subject.exact)
     solved = relative(subject.hypergradient(subject.at_own)[0], subject.exact) <= limits.tolerance
     flaws: tuple[tuple[Flaw, str], ...] = ()
@@ -256,7 +280,34 @@ def method(subject: Subject, limits: Limits) -> Row:
         else:
             why = "; ".join(receipt.biased) or "it differentiates something else than the solution"
             flaws = ((Flaw.biased_method, f"{name} is {beside:.2g} from the exact hypergradient: {why}"),)
-    return Row(f"the method, {name}", f"relative error {error:.2g}", f"<= {limits.tolerance:g}", flaws)
+    figure = f"{name}: relative error {error:.2g}, {beside_measured:.2g} from finite differences"
+    return Row(title, figure, f"<= {limits.tolerance:g}", flaws)
+
+
+def first_step(subject: Subject, limits: Limits) -> Row:
+    """What a run makes of its first step where it adapts the tolerances: told, not judged, as the receipt tells it, too."""
+    title = TITLES["first_step"]
+    if isinstance(subject.method.accuracy, FixedAccuracy):
+        return Row(title, "at the solvers' own tolerances, as above")
+    result = _as_in_a_run(subject, subject.method)
+    if isinstance(result, NumericalError):
+        return Row(title, "stopped by its policy")
+    gradient = subject.layout.ravel(result.gradient)
+    error, size = relative(gradient, subject.exact), float(gradient.norm())
+    figure = f"relative error {error:.2g}, at the tolerances that a run starts with"
+    if size > 0 and not math.isnan(result.receipt.error_estimate):
+        figure += f"; its receipt says {result.receipt.error_estimate / size:.2g}"
+    return Row(title, figure)
+
+
+def _as_in_a_run(subject: Subject, method: HypergradientMethod) -> Hypergradient | NumericalError:
+    """The first hypergradient of an outer loop, or what its policy says."""
+    start = subject.flat.start(subject.hparams).detach()
+    state = start_method(method, subject.flat, subject.solver, start, subject.hparams)
+    try:
+        return differentiate(method, subject.flat, subject.solver, start, subject.hparams, subject.batches, state)
+    except NumericalError as refusal:
+        return refusal
 
 
 CHECKS: tuple[Check, ...] = (
@@ -270,6 +321,7 @@ CHECKS: tuple[Check, ...] = (
     stationarity,
     finite_differences,
     method,
+    first_step,
 )
 
 
@@ -279,6 +331,12 @@ def relative(value: Tensor, reference: Tensor) -> float:
     if gap == 0:
         return 0.0
     return gap / size if size > 0 else float("inf")
+
+
+def _direction(subject: Subject, like: Tensor, number: int) -> Tensor:
+    """A random unit vector for each system."""
+    vector = normal(tuple(like.shape), generator(subject.seed, number), like.dtype, like.device)
+    return vector / vector.norm(dim=-1, keepdim=True)
 
 
 def _row(check: str, figure: float, limit: float, flaw: Flaw, said: str) -> Row:
@@ -293,7 +351,7 @@ def _size(at: Linearisation) -> float:
 
 def _least_by_inverse(subject: Subject, limits: Limits) -> Tensor:
     """The least eigenvalue in size by inverse iteration: three accurate solves from a random vector."""
-    vector = limits.direction(subject.refined, 30)
+    vector = _direction(subject, subject.refined, 30)
     length = torch.ones(vector.shape[:-1], dtype=vector.dtype, device=vector.device)
     for _ in range(3):
         value = solve(subject.at_refined, vector).value

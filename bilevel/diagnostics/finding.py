@@ -39,6 +39,10 @@ class Flaw(Enum):
         "tighten linear_solver.rtol, allow more steps, or use preconditioner=nystrom or linear_solver=auto"
     )
     biased_method = "use hypergradient=implicit_auto, or declare the bias"
+    stopped_by_policy = (
+        "a run would end at its first step: follow the sentence, or choose a policy that goes on, such as "
+        "unconverged=more_steps or negative_curvature=minres"
+    )
     nonfinite = "check the data, the starting point and the losses"
 
 
@@ -51,17 +55,19 @@ class Row:
         figure: what came, ready to read.
         limit: what was expected; empty for a row that only informs.
         flaws: what was found, each with the sentence that names the place; empty when the check passed.
+        judged: False where an earlier flaw makes the check meaningless.
     """
 
     check: str
     figure: str
     limit: str = ""
     flaws: tuple[tuple[Flaw, str], ...] = ()
+    judged: bool = True
 
     @property
-    def passed(self) -> bool:
-        """Whether nothing was found."""
-        return not self.flaws
+    def passed(self) -> bool | None:
+        """Whether nothing was found; None where the check was not made."""
+        return not self.flaws if self.judged else None
 
     def as_json(self) -> dict[str, Any]:
         """For `certificate.json`."""

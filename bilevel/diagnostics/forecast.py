@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from bilevel.errors import UsageError
 
 GB = 1e9
+EXACT = 1e-2  # estimated relative error from where on a number that adapts to the step is not called exact
 ACCURACY = 0.25  # relative error of a forecast; a method that is faster by less is no reason to change anything
 
 
@@ -65,6 +67,7 @@ class Forecast:
         unusable: why it cannot be used on this problem; empty when it can.
         source: what the figures rest on.
         counts: inner steps and products, in words.
+        error: estimated relative error of the first step's number, where tolerances adapt; NaN elsewhere.
     """
 
     name: str
@@ -79,13 +82,16 @@ class Forecast:
     unusable: str = ""
     source: str = ""
     counts: str = ""
+    error: float = math.nan
 
     @property
     def worth(self) -> str:
         """What its number is worth, in a few words."""
         if self.unusable:
             return "-"
-        return "biased" if self.biased else ("as far as solved" if self.short else "exact")
+        if self.biased or self.short:
+            return "biased" if self.biased else "as far as solved"
+        return f"as needed: {100 * self.error:.2g} %" if self.error > EXACT else "exact"
 
     @property
     def flaw(self) -> str:
@@ -103,7 +109,7 @@ class Forecast:
 
     @property
     def rank(self) -> int:
-        """Exact; as far as the solves go that were asked for; by a solver that gets less far; biased."""
+        """Exact, or as a step needs; as far as the solves go that were asked for; by a solver that gets less far; biased."""
         return 3 if self.biased else 2 if self.further else 1 if self.short else 0
 
 
@@ -130,10 +136,12 @@ def recommend(rows: Sequence[Forecast], budget: Budget) -> tuple[Forecast | None
     best = min(fitting, key=lambda row: (row.rank, row.run_seconds))
     own = rows[0]
     if own in fitting and own.rank == best.rank and best.run_seconds >= own.run_seconds / (1 + ACCURACY):
-        said = f"{own.name}, {own.price}: it fits {budget}, and no method as sound is faster by more than a forecast may err"
+        fits = "" if budget == Budget() else f"it fits {budget}, and "
+        said = f"{own.name}, {own.price}: {fits}no method as sound is faster by more than a forecast may err"
         best = own
     else:
-        said = f"{best.name}, {best.price}: the fastest that fits {budget} among the soundest that do ({best.worth})"
+        among = "the soundest" if budget == Budget() else f"the soundest that fit {budget}"
+        said = f"{best.name}, {best.price}: the fastest among {among} ({best.worth})"
     faster = [row for row in fitting if row.rank > best.rank and row.run_seconds < best.run_seconds / (1 + ACCURACY)]
     if faster:
         first = min(faster, key=lambda row: row.run_seconds)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from bilevel.diagnostics.pilot import Job, Pilot, rehearse
 from bilevel.diagnostics.trials import InnerTrial, Site, measure_units, try_inner
 from bilevel.errors import ConvergenceWarning, UsageError
 from bilevel.flat import StepBatches, natural_hparams
-from bilevel.hypergradient import HypergradientMethod, Implicit, default_solver
+from bilevel.hypergradient import FixedAccuracy, HypergradientMethod, Implicit, default_solver
 from bilevel.problem import Problem
 from bilevel.solvers import GradientDescent, InnerSolver
 from bilevel.trainer import Callback, Trainer
@@ -102,7 +103,7 @@ def plan(
     Args:
         problem: the problem.
         solver: the inner solver; L-BFGS by default, gradient descent for problems with minibatches.
-        hypergradient: the configured method; implicit by default.
+        hypergradient: the configured method; `Implicit.auto()` by default, as in `fit`.
         optimizer: makes the outer optimiser; Adam with learning rate 0.1 by default.
         scheduler: makes its scheduler.
         trainer: settings of the outer loop, of which the number of steps matters most.
@@ -137,7 +138,7 @@ def plan(
     job = Job(
         problem=problem,
         solver=solver or default_solver(problem),
-        method=hypergradient or Implicit(),
+        method=Implicit.auto() if hypergradient is None else hypergradient,
         optimizer=optimizer or functools.partial(torch.optim.Adam, lr=0.1),
         scheduler=scheduler,
         trainer=trainer or Trainer(),
@@ -147,6 +148,7 @@ def plan(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the plan says what ends short
         pilot, setup = rehearse(job, pilot_steps, allowance)
+        job = replace(job, solver=setup.solver)  # with its options fitted to the problem
         hparams = detach(natural_hparams(problem))
         with torch.no_grad():
             start = setup.problem.start(hparams)
@@ -193,6 +195,7 @@ def _configured(job: Job, pilot: Pilot, bench: Bench) -> Forecast:
         short=short,
         source=f"{MEASURED}: {len(pilot.work)} of {pilot.num_steps} outer steps",
         counts=f"{first['receipt.inner_steps']} steps, {first['receipt.products']} products",
+        error=math.nan if isinstance(job.method.accuracy, FixedAccuracy) else first["hypergradient_error"],
     )
 
 
@@ -215,6 +218,7 @@ def _forecast(one: Candidate, pilot: Pilot, bench: Bench) -> Forecast:
         unusable=unusable,
         source=one.source if one.cost else "",
         counts=one.counts if one.cost else "",
+        error=one.error,
     )
 
 

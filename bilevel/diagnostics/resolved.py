@@ -2,68 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bilevel.diagnostics.subject import Subject
 from bilevel.rng import generator, normal
 from bilevel.tree import TensorDict
+
+if TYPE_CHECKING:
+    from bilevel.diagnostics.subject import Subject
 
 STEP = 2e-3  # in raw coordinates: logarithms for positive hyperparameters
 AGREEMENT = 1e-3  # of differences of two step lengths
 MAX_HALVINGS = 6
 
 
-class Directional(NamedTuple):
-    """A derivative along one direction of the raw hyperparameters.
+class Measured(NamedTuple):
+    """A derivative of the outer loss along one direction of the raw hyperparameters.
 
     Attributes:
-        direction: what it is, in words.
-        measured: by finite differences of the re-solved problem.
-        expected: by the hypergradient.
-        error: their difference, relative to the larger of the derivative and what a random direction would have.
+        direction: of length one, ravelled.
+        value: by finite differences of the re-solved problem.
     """
 
-    direction: str
-    measured: float
-    expected: float
-    error: float
+    direction: Tensor
+    value: float
 
 
-def directional_derivatives(subject: Subject, gradient: Tensor, seed: int) -> list[Directional]:
-    """Along the gradient itself and along a random direction.
+def directional_derivatives(subject: Subject, gradient: Tensor, seed: int) -> list[Measured]:
+    """Along a gradient and along a random direction.
 
     Args:
         subject: the problem and its refined solution.
         gradient: a hypergradient, ravelled, natural units.
         seed: of the random direction.
     """
+    flat, natural = _raw(subject)
+    slope = _pull(subject, gradient)
+    chosen = normal((len(flat),), generator(seed, 40), flat.dtype, flat.device)
+    directions = [one / one.norm() for one in (slope, chosen) if float(one.norm()) > 0]
+    return [Measured(one, _extrapolated(partial(_difference, subject, natural, flat, one))) for one in directions]
+
+
+def discrepancy(subject: Subject, measured: Sequence[Measured], gradient: Tensor) -> float:
+    """How far a hypergradient is from measured derivatives: the largest relative error.
+
+    Relative to the larger of the two, or to what a random direction would have.
+    """
+    slope = _pull(subject, gradient)
+    usual = float(slope.norm()) / len(slope) ** 0.5
+    expected = [float(slope @ one.direction) for one in measured]
+    sizes = [max(abs(one.value), abs(own), usual, 1e-12) for one, own in zip(measured, expected, strict=True)]
+    return max(abs(one.value - own) / size for one, own, size in zip(measured, expected, sizes, strict=True))
+
+
+def _raw(subject: Subject) -> tuple[Tensor, Callable[[Tensor], TensorDict]]:
+    """The raw hyperparameters as one vector, and the way from there to natural ones."""
     raw = {name: value.detach() for name, value in subject.bijections.to_raw(subject.hparams).items()}
     names, sizes = list(raw), [value.numel() for value in raw.values()]
-    flat = torch.cat([raw[name].flatten() for name in names])
 
     def natural(point: Tensor) -> TensorDict:
         parts = dict(zip(names, point.split(sizes), strict=True))
         return subject.bijections.to_natural({name: part.reshape(raw[name].shape) for name, part in parts.items()})
 
+    return torch.cat([raw[name].flatten() for name in names]), natural
+
+
+def _pull(subject: Subject, gradient: Tensor) -> Tensor:
+    """A gradient with respect to natural hyperparameters, with respect to raw ones."""
+    flat, natural = _raw(subject)
     leaf = flat.clone().requires_grad_()
     (slope,) = torch.autograd.grad(subject.layout.ravel(natural(leaf)), leaf, gradient)
-    scale = float(slope.norm())
-    along = slope / scale if scale > 0 else torch.zeros_like(slope)
-    chosen = normal((len(flat),), generator(seed, 40), flat.dtype, flat.device)
-    found = []
-    for words, direction in (("the gradient", along), ("a random direction", chosen / chosen.norm())):
-        if not float(direction.norm()) > 0:
-            continue
-        expected = float(slope @ direction)
-        measured = _extrapolated(partial(_difference, subject, natural, flat, direction))
-        size = max(abs(expected), abs(measured), scale / len(flat) ** 0.5, 1e-12)
-        found.append(Directional(words, measured, expected, abs(measured - expected) / size))
-    return found
+    return slope
 
 
 def _extrapolated(difference: Callable[[float], float]) -> float:

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from bilevel.constraints import Bijections
-from bilevel.flat import FlatProblem, StepBatches, natural_hparams
+from bilevel.diagnostics.resolved import Measured, directional_derivatives
+from bilevel.flat import FlatProblem, StepBatches, given_hparams
 from bilevel.hypergradient import HypergradientMethod
 from bilevel.hypergradient.method import outer_gradients, solve_inner
+from bilevel.hypergradient.trial import bind_solver
 from bilevel.linalg import GMRES, MINRES, DenseLU, Tag
 from bilevel.linearisation import Linearisation, linearise
 from bilevel.problem import Problem
 from bilevel.result import Solution
 from bilevel.solvers import LBFGS, InnerSolution, InnerSolver, run
-from bilevel.tree import Layout, TensorDict, detach, flatten_names, to
+from bilevel.tree import Layout, TensorDict
 
 DENSE_LIMIT = 800  # parameters up to which the inner Hessian is built as a matrix
 MAX_NEWTON = 30
@@ -38,6 +40,7 @@ class Subject:
         hparams: natural units.
         flat: the problem between vectors.
         batches: of outer step 0.
+        seed: of random directions.
     """
 
     problem: Problem
@@ -46,6 +49,7 @@ class Subject:
     hparams: TensorDict
     flat: FlatProblem
     batches: StepBatches
+    seed: int = 0
 
     @classmethod
     def of(
@@ -54,11 +58,13 @@ class Subject:
         solver: InnerSolver,
         method: HypergradientMethod,
         hparams: Mapping[str, Any] | None,
+        seed: int = 0,
     ) -> Subject:
         """Copy the problem, move the copy to float64, and look at its starting values."""
         twin = copy.deepcopy(problem).to(dtype=torch.float64)
-        at = detach(natural_hparams(twin) if hparams is None else to(flatten_names(hparams), dtype=torch.float64))
-        return cls(twin, solver, method, at, FlatProblem.of(twin, at), StepBatches(twin, 0))
+        at = given_hparams(twin, hparams)
+        flat = FlatProblem.of(twin, at)
+        return cls(twin, bind_solver(solver, flat, at), method, at, flat, StepBatches(twin, 0), seed)
 
     @cached_property
     def bijections(self) -> Bijections:
@@ -95,6 +101,11 @@ class Subject:
     def exact(self) -> Tensor:
         """The hypergradient at the refined solution by an accurate linear solve, ravelled in natural units."""
         return self.hypergradient(self.at_refined)[0]
+
+    @cached_property
+    def measured(self) -> list[Measured]:
+        """Derivatives of the outer loss by finite differences of the re-solved problem."""
+        return directional_derivatives(self, self.exact, self.seed)
 
     @property
     def layout(self) -> Layout:

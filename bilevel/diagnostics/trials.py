@@ -16,15 +16,15 @@ from bilevel.diagnostics.cost import Line, Recorded, Units
 from bilevel.diagnostics.meter import peak_bytes, seconds_of
 from bilevel.flat import FlatProblem, StepBatches
 from bilevel.hypergradient import (
-    FixedAccuracy,
     Hypergradient,
     HypergradientMethod,
     Implicit,
+    ImplicitUpdate,
     differentiate,
     start_method,
 )
 from bilevel.hypergradient.method import outer_gradients, solve_inner
-from bilevel.linalg import GMRES, MINRES, LinearSolver, Tag
+from bilevel.linalg import GMRES, MINRES, AutoSolver, LinearSolver, Tag
 from bilevel.linalg.iterative import IterativeSolver
 from bilevel.linearisation import inner_value, leaves, linearise
 from bilevel.result import Result
@@ -144,6 +144,7 @@ class LinearTrial:
         residual: relative, at the end of the linear solve.
         solved: whether to its tolerance, as far as was seen.
         negative: whether negative curvature was met.
+        error: the receipt's error estimate over the norm; NaN where there is none.
     """
 
     products: float
@@ -153,9 +154,12 @@ class LinearTrial:
     residual: float
     solved: bool
     negative: bool
+    error: float = math.nan
 
 
-def try_linear(site: Site, units: Units, solver: InnerSolver, params: Tensor, method: Implicit) -> LinearTrial:
+def try_linear(
+    site: Site, units: Units, solver: InnerSolver, params: Tensor, method: Implicit | ImplicitUpdate
+) -> LinearTrial:
     """Make it with as many linear steps as the allowance has room for, and extrapolate the decrease of the residual.
 
     Args:
@@ -163,29 +167,29 @@ def try_linear(site: Site, units: Units, solver: InnerSolver, params: Tensor, me
         units: unit costs, for what is fixed and for the number of steps.
         solver: the inner solver, which is told to be content with the point as it is.
         params: the inner solution.
-        method: an implicit method with an iterative linear solver.
+        method: an implicit method with an iterative linear solver, or one that may choose one.
 
     Raises:
         UsageError: the parts of the method do not fit each other or the problem.
     """
     linear, content = method.linear_solver, replace(solver, max_steps=1, atol=math.inf, rtol=0.0)
-    assert isinstance(linear, IterativeSolver)
+    assert isinstance(linear, IterativeSolver | AutoSolver)
+    state = start_method(method, site.flat, content, params, site.hparams)
+    rtol = method.accuracy.linear_rtol(state) or linear.rtol
     limit = max(min(linear.max_steps, int(site.allowance / units.product)), 5)
 
     def hypergradient(max_steps: int) -> Hypergradient:
-        short = replace(
-            method, linear_solver=replace(linear, max_steps=max_steps), warm_start=True, accuracy=FixedAccuracy()
-        )
-        state = start_method(short, site.flat, content, params, site.hparams)
+        short = replace(method, linear_solver=replace(linear, max_steps=max_steps), warm_start=True)
         return differentiate(short, site.flat, content, params, site.hparams, site.batches, state)
 
     started = time.perf_counter()
-    receipt = hypergradient(limit).receipt
+    result = hypergradient(limit)
+    receipt, norm = result.receipt, float(torch.cat([part.flatten() for part in result.gradient.values()]).norm())
     seconds = time.perf_counter() - started
     made = max(receipt.products, 1)
     products, solved = float(made), receipt.linear_result in ("converged", "budget_spent")
-    if limit < linear.max_steps and receipt.linear_result == Result.max_steps.name and linear.rtol:
-        products, solved = _reach(made, receipt.linear_residual, linear), True
+    if limit < linear.max_steps and receipt.linear_result == Result.max_steps.name and rtol:
+        products, solved = _reach(made, receipt.linear_residual, rtol, linear.max_steps), True
     return LinearTrial(
         products=products,
         product_seconds=max(seconds - units.fixed, 0.0) / made,
@@ -194,15 +198,15 @@ def try_linear(site: Site, units: Units, solver: InnerSolver, params: Tensor, me
         residual=receipt.linear_residual,
         solved=solved,
         negative=receipt.curvature_min < 0,
+        error=receipt.error_estimate / norm if norm > 0 else math.nan,
     )
 
 
-def _reach(made: int, residual: float, solver: IterativeSolver) -> float:
+def _reach(made: int, residual: float, rtol: float, max_steps: int) -> float:
     """Products to the tolerance at the mean rate so far, at most those that the solver may make."""
-    assert solver.rtol is not None
     if not 0 < residual < 1:
-        return float(solver.max_steps)
-    return min(made * math.log(solver.rtol) / math.log(residual), float(solver.max_steps))
+        return float(max_steps)
+    return min(made * math.log(rtol) / math.log(residual), float(max_steps))
 
 
 def measure_units(site: Site, solver: InnerSolver, params: Tensor) -> tuple[Units, bool]:
