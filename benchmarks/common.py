@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from bilevel.cli.composer import composer, resolve
+from bilevel.cli.job import Parts, assemble
 from bilevel.jsonable import encode
 
 Row = dict[str, Any]
@@ -123,6 +125,13 @@ def interleaved(
                 end = time.perf_counter()
             seconds[name].append(end - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def experiment_parts(name: str, *keys: str) -> Parts:
+    """The objects of a shipped experiment, untracked, with changes as on its command line."""
+    with composer() as compose:
+        config = resolve(compose.compose([f"experiment={name}", "tracking=none", *keys]))
+    return assemble(config, torch.device("cpu"), getattr(torch, config["dtype"]))
 
 
 def machine(device: str = "cpu") -> Row:

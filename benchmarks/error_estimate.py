@@ -42,6 +42,7 @@ from bilevel.flat import FlatProblem, StepBatches
 from bilevel.hypergradient.error_estimate import ErrorEstimate, ErrorEstimator, Solved
 from bilevel.hypergradient.method import outer_gradients
 from bilevel.linalg import ConjugateGradient, as_matrix
+from bilevel.linalg.recycling import WatchedOperator
 from bilevel.linearisation import Linearisation, linearise
 from bilevel.problem import Problem
 from bilevel.solvers import LBFGS, GradientDescent, InnerSolver, NewtonCG, run
@@ -313,7 +314,7 @@ def estimates(
     batches, problem = StepBatches(flat.problem, 0), flat.problem
     assert isinstance(problem, Regression)
     own = ErrorEstimator()
-    watched = own.watch(at.operator)
+    watched = WatchedOperator(at.operator, own.memory)
     _, rhs, direct = outer_gradients(flat, at.params, at.hparams, batches)
     solution = ConjugateGradient(rtol=rtol, max_steps=3000).compute(watched, rhs)
     if not solution.successful:

@@ -2,8 +2,9 @@
 
     python -m benchmarks.overhead
 
-Two loops make the same outer steps in turns: the trainer's own, and a bare one that solves, differentiates and steps the
-optimiser on the problem's plain functions, with no receipt, record, policy or freezing. The error estimate is left out.
+Two loops make the experiment's outer steps in turns: the trainer's own, and a bare one that solves, differentiates and
+steps the optimiser on the problem's plain functions, with no receipt, record, policy or freezing. The error estimate is
+left out, and the linear solver is MINRES, so that both loops can make the same arithmetic.
 """
 
 from __future__ import annotations
@@ -15,26 +16,23 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.common import Claim, Row, finish, parse, table
+from benchmarks.common import Claim, Row, experiment_parts, finish, parse, table
 from bilevel.errors import ConvergenceWarning
 from bilevel.flat import FlatProblem, StepBatches
 from bilevel.hypergradient import Implicit
 from bilevel.linalg import MINRES
 from bilevel.linearisation import linearise
-from bilevel.problems import DigitsMLP
 from bilevel.purity import Purity
-from bilevel.solvers import LBFGS, run
+from bilevel.solvers import run
 from bilevel.trainer import Trainer, TrainState
 from bilevel.trainer.setup import Setup, set_up
 from bilevel.tree import detach
 
 TARGET = 1.05
-SOLVER = LBFGS(max_steps=500, atol=1e-5)
 LINEAR = MINRES(rtol=1e-3, max_steps=200)
 
 
@@ -64,12 +62,12 @@ class Bare:
         hparams = detach(natural)
         batches = StepBatches(self.problem.problem, self.state.step)
         with torch.no_grad():
-            params = run(SOLVER, self.problem.objective(None), self.state.params, hparams).params
+            params = run(self.setup.solver, self.problem.objective(None), self.state.params, hparams).params
         with torch.enable_grad():
             leaf = params.detach().requires_grad_()
             loss = self.problem.outer_loss(leaf, hparams, batches.outer)
             (by_params,) = torch.autograd.grad(loss, leaf)
-        at = linearise(self.problem, SOLVER, params, hparams)
+        at = linearise(self.problem, self.setup.solver, params, hparams)
         adjoint = LINEAR.compute(LINEAR.init(at.operator), by_params).value
         mixed = at.mixed(adjoint)
         raw = list(self.state.raw.values())
@@ -83,9 +81,9 @@ class Bare:
 
 def prepare() -> tuple[Setup, TrainState]:
     """The experiment's parts, fresh."""
-    problem = DigitsMLP().to(dtype=torch.float64)
-    optimizer = partial(torch.optim.Adam, lr=0.1)
-    return set_up(problem, SOLVER, Implicit(linear_solver=LINEAR, error_estimate=None), optimizer, None)
+    parts = experiment_parts("digits_mlp")
+    method = Implicit(linear_solver=LINEAR, error_estimate=None)
+    return set_up(parts.problem, parts.solver, method, parts.optimizer, parts.scheduler)
 
 
 def measure(num_steps: int) -> list[Row]:

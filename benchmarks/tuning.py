@@ -32,10 +32,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from benchmarks.common import Claim, Row, finish, parse, table
+from benchmarks.common import Claim, Row, experiment_parts, finish, parse, table
 from bilevel import fit
-from bilevel.cli.composer import composer, resolve
-from bilevel.cli.job import assemble
 from bilevel.errors import ConvergenceWarning
 from bilevel.hypergradient import HypergradientMethod, Implicit
 from bilevel.hypergradient.negative_curvature import Handled, NegativeCurvature, System
@@ -146,9 +144,7 @@ def outer_run(task: tuple[Setting, int, tuple[str, ...]]) -> Row:
     setting, seed, keys = task
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", ConvergenceWarning)
-    with composer() as compose:
-        config = resolve(compose.compose([f"experiment={EXPERIMENT}", "tracking=none", f"seed={seed}", *keys]))
-    parts = assemble(config, torch.device("cpu"), getattr(torch, config["dtype"]))
+    parts = experiment_parts(EXPERIMENT, f"seed={seed}", *keys)
     run = fit(
         parts.problem,
         solver=parts.solver,

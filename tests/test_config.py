@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import re
+import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
@@ -18,10 +19,13 @@ from bilevel.cli.allow import check_hydra, check_targets
 from bilevel.cli.arguments import read_arguments
 from bilevel.cli.build import build, find_target
 from bilevel.cli.composer import composer, resolve
+from bilevel.cli.help import train_help
 from bilevel.cli.paths import conf_directory, config_groups
 from bilevel.cli.preflight import preflight
 from bilevel.cli.settings import Settings
+from bilevel.cli.values import NAMING, may_name
 from bilevel.errors import UsageError
+from bilevel.solvers.options import Option
 
 CONF = conf_directory()
 SPECIAL = {"_target_", "_partial_", "_args_", "_convert_", "_recursive_"}
@@ -327,3 +331,29 @@ def test_an_option_that_does_not_compose_is_found(tmp_path):
     assert compose_option(tmp_path, "g", "good")["g"] == {"_target_": "bilevel.A"}
     with pytest.raises(UsageError, match=r"g has the _target_ os\.system"):
         compose_option(tmp_path, "g", "bad")
+
+
+def test_the_options_that_may_name_a_hyperparameter_are_those_of_the_inner_solvers():
+    found = set()
+    for option in config_groups(CONF)["solver"]:
+        for where, node in described(CONF, "solver", option):
+            hints = typing.get_type_hints(find_target(node["_target_"], where))
+            found |= {name for name, kind in hints.items() if kind == Option}
+    assert found == NAMING
+    assert not may_name("solver.optimizer.weight_decay", "rate") and not may_name("outer_optimizer.momentum", "rate")
+
+
+def test_a_hyperparameter_is_named_on_the_command_line():
+    (job,) = preflight(read_arguments(["solver=gradient_descent", "solver.learning_rate=rate"]))
+    assert job["solver"]["learning_rate"] == "rate"
+    with pytest.raises(UsageError, match="solver.atol takes a number"):
+        preflight(read_arguments(["solver=gradient_descent", "solver.atol=rate"]))
+
+
+def test_the_stars_of_the_help_are_what_a_run_composes():
+    with composer() as compose:
+        chosen = {str(key).partition("@")[0]: value for key, value in compose.compose().hydra.runtime.choices.items()}
+    starred = dict(re.findall(r"^  (\w+) .*?(\w+)\*", re.sub(r"\n {10,}", " ", train_help()), re.MULTILINE))
+    assert starred == {group: chosen[group] for group in starred}
+    composed = {group for group in config_groups(CONF) if chosen.get(group) is not None}
+    assert set(starred) == composed

@@ -13,8 +13,9 @@ import torch
 from torch.func import grad, jacrev
 
 from bilevel import Problem, UsageError, fit, hypergradient_at
+from bilevel.broadcast import Broadcast
 from bilevel.constraints import Positive, UnitInterval
-from bilevel.flat import FlatProblem, StepBatches
+from bilevel.flat import FlatProblem, StepBatches, natural_hparams
 from bilevel.hypergradient import (
     SAMA,
     FixedAccuracy,
@@ -38,6 +39,7 @@ from bilevel.solvers import (
     TorchOptimizer,
     run,
 )
+from bilevel.tree import flatten_names, to
 
 N = 4
 TIGHT = {"rtol": 1e-13, "max_steps": 5000}
@@ -667,9 +669,7 @@ def test_a_decay_that_couples_only_in_name_is_known():
 
 
 def named_options(solver):
-    return [
-        one.name for one in fields(solver) if "str" in str(one.type) and isinstance(getattr(solver, one.name), float)
-    ]
+    return [one.name for one in fields(solver) if one.type == "Option" and isinstance(getattr(solver, one.name), float)]
 
 
 @pytest.mark.parametrize("solver", [GradientDescent(), Adam(), AndersonAcceleration(), ProximalGradient()], ids=name_of)
@@ -741,5 +741,147 @@ def test_minibatches_and_replaced_inverses_are_said_on_the_receipt():
     problem.inner_batches = lambda step, inner_step: torch.arange(5)
     solver = GradientDescent(5, 0.0, learning_rate="rate")
     reasons = compute(problem, ImplicitUpdate(linear_solver=IdentitySolver(1.0)), solver).receipt.biased
-    assert reasons[0] == "IdentitySolver replaces the inverse" and reasons[2] == "the step is that of one minibatch"
+    assert (
+        reasons[0] == "IdentitySolver replaces the inverse Hessian"
+        and reasons[2] == "the step is that of one minibatch"
+    )
     assert len(reasons) == 3
+
+
+# --- one option, several hyperparameters ------------------------------------------------------------------------------
+
+
+class Layers(Problem):
+    """Three tensors in two layers; `options` are further hyperparameters, nested."""
+
+    constraints = {"penalty": Positive()}
+
+    def __init__(self, tasks=None, **options):
+        self.x, self.y = normal(12, 3, seed=1), normal(12, seed=2)
+        self.num_tasks, self.options = tasks, to(options, dtype=torch.float64)
+        if tasks is not None:
+            self.inner_batches = lambda *_: normal(tasks, 12, seed=3)
+
+    def init_hparams(self):
+        return {"penalty": torch.tensor(0.05), **self.options}
+
+    def init_params(self, hparams):
+        return {
+            "a": {"weight": 0.3 * normal(2, 3, seed=4), "bias": 0.1 * torch.ones(2)},
+            "b": torch.tensor([0.5, -0.4]),
+        }
+
+    def inner_loss(self, params, hparams, batch):
+        outputs = torch.tanh(self.x @ params["a.weight"].mT + params["a.bias"]) @ params["b"]
+        size = sum(value.square().sum() for value in params.values())
+        return (outputs - (self.y if batch is None else batch)).square().mean() + hparams["penalty"] * size
+
+    def outer_loss(self, params, hparams, batch):
+        return sum((value - 0.2).square().sum() for value in params.values())
+
+
+SPREADS = {
+    "per layer": {"a": torch.tensor(0.05), "b": torch.tensor(0.2)},
+    "per tensor": {"a": {"weight": torch.tensor(0.1), "bias": torch.tensor(0.02)}, "b": torch.tensor(0.2)},
+    "per feature": {
+        "a": {"weight": torch.tensor([[0.1, 0.05, 0.02]]), "bias": torch.tensor(0.02)},
+        "b": torch.tensor(0.2),
+    },
+    "per weight": {
+        "a": {"weight": 0.05 + 0.1 * normal(2, 3, seed=7).abs(), "bias": torch.tensor([0.1, 0.2])},
+        "b": torch.tensor([0.1, 0.05]),
+    },
+}
+
+
+def smaller(values):
+    return {name: smaller(value) if isinstance(value, dict) else 0.3 * value for name, value in values.items()}
+
+
+@pytest.mark.parametrize("tasks", [None, 2], ids=["alone", "tasks"])
+@pytest.mark.parametrize("spread", SPREADS)
+def test_a_rate_for_each_layer_tensor_feature_or_weight_has_its_hypergradient(spread, tasks):
+    problem = Layers(tasks, rate=SPREADS[spread])
+    solver = GradientDescent(max_steps=7, atol=0.0, learning_rate="rate", momentum=0.3)
+    found = hypergradient_at(problem, method=Unrolled(), solver=solver)
+    forward = hypergradient_at(problem, method=ForwardMode(), solver=solver)
+    close(found.gradient, forward.gradient, 1e-9)
+    own = natural_hparams(problem)
+    for name, value in own.items():
+        draw, length = normal(value.numel(), seed=8).reshape(value.shape), 1e-6
+        losses = [
+            hypergradient_at(
+                problem, {**own, name: value + sign * length * draw}, method=Unrolled(), solver=solver
+            ).outer_loss
+            for sign in (1, -1)
+        ]
+        expected = (losses[0] - losses[1]) / (2 * length)
+        assert float((found.gradient[name] * draw).sum()) == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_a_decay_for_each_layer_is_a_penalty_for_each_layer(spread):
+    """Of gradient descent; by the theorem for the loss, and for the step."""
+    problem = Layers(decay=smaller(SPREADS[spread]))
+    solver = GradientDescent(max_steps=20_000, atol=1e-10, learning_rate=0.2, weight_decay="decay")
+    found = hypergradient_at(problem, method=Implicit(linear_solver=DenseLU()), solver=solver)
+    step = hypergradient_at(problem, method=ImplicitUpdate(linear_solver=DenseLU()), solver=solver)
+    close(found.gradient, step.gradient, 1e-6)
+    unrolled = hypergradient_at(problem, method=Unrolled(last=2000), solver=solver)
+    close(found.gradient, unrolled.gradient, 1e-5)
+
+
+def test_a_spread_option_is_tuned_by_fit_and_named_in_messages():
+    problem = Layers(rate=SPREADS["per layer"])
+    solver = GradientDescent(max_steps=5, atol=0.0, learning_rate="rate")
+    result = fit(problem, solver=solver, hypergradient=Unrolled(), num_steps=3)
+    assert {"hparams.rate.a", "hparams.rate.b"} <= set(result.history[-1])
+    with pytest.raises(
+        UsageError, match=r"'rate.a' gets no hypergradient from Implicit: .*\(learning_rate of GradientDescent\)"
+    ):
+        fit(problem, solver=solver, num_steps=3)
+
+
+def test_a_broadcast_hyperparameter_serves_as_an_option():
+    params = Layers().init_params({})
+    shared = Broadcast.of("rate", "per_layer", flatten_names(params))
+    problem = Layers(**shared.start(0.1))
+    solver = GradientDescent(max_steps=5, atol=0.0, learning_rate="rate")
+    found = hypergradient_at(problem, method=Unrolled(), solver=solver)
+    alone = hypergradient_at(Layers(rate=torch.tensor(0.1)), method=Unrolled(), solver=solver)
+    total = sum(found.gradient[name] for name in shared.shapes)
+    torch.testing.assert_close(total, alone.gradient["rate"])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rate": {"a": torch.tensor(0.1)}}, "of 'rate.a' none fits the parameter 'b'"),
+        (
+            {"rate": {"a": torch.tensor(0.1), "b": torch.tensor(0.1), "c": torch.tensor(0.1)}},
+            "'rate.c' fits none of the parameters",
+        ),
+        (
+            {"rate": {"a": torch.ones(3), "b": torch.tensor(0.1)}},
+            r"'rate.a' of shape \(3,\), .*'a.bias' of shape \(2,\)",
+        ),
+        (
+            {"rate": torch.ones(3)},
+            r"one for each of the 10 entries .*\('rate.a.weight', ...\), but 'rate' has shape \(3,\)",
+        ),
+    ],
+)
+def test_an_option_that_does_not_fit_the_parameters_is_refused(options, said):
+    with pytest.raises(UsageError, match=said):
+        hypergradient_at(Layers(**options), method=Unrolled(), solver=GradientDescent(learning_rate="rate"))
+
+
+def test_a_vector_over_all_parameters_is_an_option_too():
+    rates = 0.05 + 0.01 * torch.arange(10.0)
+    solver = GradientDescent(max_steps=5, atol=0.0, learning_rate="rate")
+    found = hypergradient_at(Layers(rate=rates), method=Unrolled(), solver=solver).gradient["rate"]
+    parts = {"a": {"weight": rates[:6].reshape(2, 3), "bias": rates[6:8]}, "b": rates[8:]}
+    named = hypergradient_at(Layers(rate=parts), method=Unrolled(), solver=solver).gradient
+    torch.testing.assert_close(
+        found, torch.cat([named[f"rate.{name}"].flatten() for name in ("a.weight", "a.bias", "b")])
+    )

@@ -471,7 +471,7 @@ REFUSED = {
     "a solver's option": (lambda: with_hparams(rate=torch.tensor(0.1)), {"solver": GradientDescent(learning_rate="rate")},
                           "'rate' gets no hypergradient from Implicit: it is an option of the inner solver"),
     "unknown option": (NoShift, {"solver": GradientDescent(learning_rate="speed"), "method": Unrolled()},
-                       "option of GradientDescent was expected to be a number or the name of a hyperparameter, but is 'speed': "
+                       "learning_rate of GradientDescent was expected to be a number or the name of a hyperparameter, but is 'speed': "
                        "give a number, or one of 'penalty.bias', 'penalty.weight'"),
     "misspelt option": (lambda: with_hparams(rate=torch.tensor(0.1)),
                         {"solver": GradientDescent(momentum="rates"), "method": Unrolled()}, "is 'rates': did you mean 'rate'"),

@@ -82,6 +82,7 @@ def _configuration(config_dir: Path | None = None) -> str:
     conf = conf_directory()
     text = (conf / f"{CONFIG_NAME}.yaml").read_text(encoding="utf-8")
     chosen = _defaults(text)
+    chosen |= _presets(str(chosen["hypergradient"]), conf / "hypergradient")
     lines = ["config groups (group=option; * is the default):"]
     for group, options in config_groups(*filter(None, (conf, config_dir))).items():
         marked = ", ".join(f"{option}*" if chosen.get(group) == option else option for option in options)
@@ -97,3 +98,15 @@ def _configuration(config_dir: Path | None = None) -> str:
 def _defaults(text: str) -> dict[str, str | None]:
     entries = yaml.safe_load(text).get("defaults", [])
     return {group: option for entry in entries if isinstance(entry, dict) for group, option in entry.items()}
+
+
+def _presets(option: str, folder: Path) -> dict[str, str | None]:
+    """What an option of the group `hypergradient` chooses of other groups, itself or through the options it builds on."""
+    text = (folder / f"{option}.yaml").read_text(encoding="utf-8")
+    found: dict[str, str | None] = {}
+    for entry in yaml.safe_load(text).get("defaults", []):
+        if isinstance(entry, str) and entry != "_self_":
+            found |= _presets(entry, folder)
+    for group, choice in _defaults(text).items():
+        found[group.removeprefix("override ").lstrip("/").partition("@")[0]] = choice
+    return found

@@ -20,7 +20,7 @@ from bilevel.cli.composer import Composer, composer, in_one_sentence, resolve
 from bilevel.cli.overrides import Given, read_overrides
 from bilevel.cli.settings import Settings
 from bilevel.cli.suggest import alternatives, hint, near
-from bilevel.cli.values import dotted, expected, find
+from bilevel.cli.values import dotted, expected, find, may_name
 from bilevel.errors import UsageError
 
 _MAX_COMBINATIONS = 16
@@ -208,7 +208,7 @@ def _check_new_key(one: Given, tree: Any, chosen: Sequence[str], compose: Compos
 
 def _check_value(key: str, default: Any, value: Any) -> None:
     wanted = expected(default, value)
-    if wanted is not None:
+    if wanted is not None and not may_name(key, value):
         quoting = f""", so quote it: {key}="'{value}'\"""" if wanted == "a text" else ""
         raise UsageError(f"{key} takes {wanted} (its default is {default!r}), and got {value!r}{quoting}.")
     if isinstance(default, dict) and isinstance(value, dict):

@@ -5,6 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+# Options of inner solvers that hold a number or name a hyperparameter; the last part of their keys.
+NAMING = frozenset({"learning_rate", "momentum", "weight_decay", "beta1", "beta2", "epsilon", "strength"})
+
+
+def may_name(key: str, value: Any) -> bool:
+    """Whether a text in the place of a number can be the name of a hyperparameter.
+
+    Example:
+        >>> may_name("solver.learning_rate", "rate"), may_name("solver.atol", "rate")
+        (True, False)
+    """
+    path = key.split(".")
+    return (
+        isinstance(value, str) and path[0] == "solver" and path[-1] in NAMING and "optimizer" not in path
+    )  # torch's own
+
 
 def expected(default: Any, value: Any) -> str | None:
     """What was expected instead of `value`, or None when it fits the default.

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from bilevel.errors import UsageError
 from bilevel.solvers.objective import Hparams, Objective
-from bilevel.solvers.solver import InnerSolver, State, fresh_state, option, row_norm
+from bilevel.solvers.options import Option, option
+from bilevel.solvers.solver import InnerSolver, State, fresh_state, row_norm
 from bilevel.solvers.update_rule import UpdateRule, unchanged
 
 
@@ -52,24 +53,24 @@ class Adam(InnerSolver):
 
     moves_solution: ClassVar[tuple[str, ...]] = ("weight_decay",)
 
-    learning_rate: float | str = 0.01
-    beta1: float | str = 0.9
-    beta2: float | str = 0.999
-    epsilon: float | str = 1e-8
-    weight_decay: float | str = 0.0
+    learning_rate: Option = 0.01
+    beta1: Option = 0.9
+    beta2: Option = 0.999
+    epsilon: Option = 1e-8
+    weight_decay: Option = 0.0
 
     def __post_init__(self) -> None:
         """Validate the numbers."""
         super().__post_init__()
         for name in ("learning_rate", "epsilon"):
             value = getattr(self, name)
-            if not isinstance(value, str) and not 0 < value < math.inf:
+            if isinstance(value, int | float) and not 0 < value < math.inf:
                 raise UsageError(f"Adam needs {name} > 0, but got {value}.")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            if not isinstance(value, str) and not 0 <= value < 1:
+            if isinstance(value, int | float) and not 0 <= value < 1:
                 raise UsageError(f"Adam needs {name} in [0, 1), but got {value}.")
-        if not isinstance(self.weight_decay, str) and not 0 <= self.weight_decay < math.inf:
+        if isinstance(self.weight_decay, int | float) and not 0 <= self.weight_decay < math.inf:
             raise UsageError(f"Adam needs weight_decay >= 0, but got {self.weight_decay}.")
 
     def init(self, params: Tensor, loss: Objective, hparams: Hparams) -> State:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from bilevel.errors import UsageError
 from bilevel.solvers.objective import Hparams, Objective
-from bilevel.solvers.solver import InnerSolver, State, fresh_state, option, row_norm
+from bilevel.solvers.options import Option, option
+from bilevel.solvers.solver import InnerSolver, State, fresh_state, row_norm
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class AndersonAcceleration(InnerSolver):
         (0.7391, True)
     """
 
-    learning_rate: float | str = 0.1
+    learning_rate: Option = 0.1
     history: int = 5
     ridge: float = 1e-10
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bilevel.errors import UsageError
 from bilevel.solvers.objective import Hparams, Objective
-from bilevel.solvers.solver import InnerSolver, State, fresh_state, option, row_norm
+from bilevel.solvers.options import Option, option
+from bilevel.solvers.solver import InnerSolver, State, fresh_state, row_norm
 from bilevel.solvers.update_rule import UpdateRule, unchanged
 
 
@@ -42,18 +43,18 @@ class GradientDescent(InnerSolver):
 
     moves_solution: ClassVar[tuple[str, ...]] = ("weight_decay",)
 
-    learning_rate: float | str = 0.1
-    momentum: float | str = 0.0
-    weight_decay: float | str = 0.0
+    learning_rate: Option = 0.1
+    momentum: Option = 0.0
+    weight_decay: Option = 0.0
 
     def __post_init__(self) -> None:
         """Validate the numbers."""
         super().__post_init__()
-        if not isinstance(self.learning_rate, str) and not 0 < self.learning_rate < float("inf"):
+        if isinstance(self.learning_rate, int | float) and not 0 < self.learning_rate < float("inf"):
             raise UsageError(f"GradientDescent needs learning_rate > 0, but got {self.learning_rate}.")
-        if not isinstance(self.momentum, str) and not 0 <= self.momentum < 1:
+        if isinstance(self.momentum, int | float) and not 0 <= self.momentum < 1:
             raise UsageError(f"GradientDescent needs momentum in [0, 1), but got {self.momentum}.")
-        if not isinstance(self.weight_decay, str) and not 0 <= self.weight_decay < float("inf"):
+        if isinstance(self.weight_decay, int | float) and not 0 <= self.weight_decay < float("inf"):
             raise UsageError(f"GradientDescent needs weight_decay >= 0, but got {self.weight_decay}.")
 
     def init(self, params: Tensor, loss: Objective, hparams: Hparams) -> State:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from bilevel.errors import UsageError
 from bilevel.solvers.objective import Hparams, Objective
-from bilevel.solvers.solver import InnerSolver, State, fresh_state, option, row_norm
+from bilevel.solvers.options import Option, option
+from bilevel.solvers.solver import InnerSolver, State, fresh_state, row_norm
 
 
 class Proximal(ABC):
@@ -30,7 +31,7 @@ class SoftThreshold(Proximal):
         strength: a number, or the name of a hyperparameter (a scalar, or one entry for each parameter).
     """
 
-    strength: float | str = 1.0
+    strength: Option = 1.0
 
     def prox(self, params: Tensor, step: float | Tensor, hparams: Hparams) -> Tensor:
         """Shrink towards zero."""
@@ -85,19 +86,13 @@ class ProximalGradient(InnerSolver):
     composite: ClassVar[bool] = True
 
     proximal: Proximal = field(default_factory=SoftThreshold)
-    learning_rate: float | str = 0.1
+    learning_rate: Option = 0.1
 
     def __post_init__(self) -> None:
         """Validate the numbers."""
         super().__post_init__()
-        if not isinstance(self.learning_rate, str) and not 0 < self.learning_rate < float("inf"):
+        if isinstance(self.learning_rate, int | float) and not 0 < self.learning_rate < float("inf"):
             raise UsageError(f"ProximalGradient needs learning_rate > 0, but got {self.learning_rate}.")
-
-    @property
-    def hparam_names(self) -> tuple[str, ...]:
-        """Its own options and those of the proximal term."""
-        of_term = tuple(value for value in vars(self.proximal).values() if isinstance(value, str))
-        return (*super().hparam_names, *of_term)
 
     def conditions(self, loss: Objective) -> Objective:
         """The fixed-point residual; its roots do not depend on the learning rate, which is a constant in it."""

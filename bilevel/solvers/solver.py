@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bilevel.errors import UsageError
 from bilevel.solvers.objective import Hparams, Objective
+from bilevel.solvers.options import hparam_names
 from bilevel.solvers.update_rule import UpdateRule, no_rule
 
 State = dict[str, Any]
@@ -58,7 +59,7 @@ class InnerSolver(ABC):
     @property
     def hparam_names(self) -> tuple[str, ...]:
         """The options of this solver that name a hyperparameter instead of holding a number."""
-        return tuple(value for value in vars(self).values() if isinstance(value, str))
+        return hparam_names(self)
 
     @abstractmethod
     def init(self, params: Tensor, loss: Objective, hparams: Hparams) -> State:
@@ -87,19 +88,6 @@ class InnerSolver(ABC):
             tolerance = (self.rtol * state["first_stationarity"]).clamp(min=self.atol)
         stationary: Tensor = state["stationarity"] <= tolerance
         return stationary
-
-
-def option(value: float | str, hparams: Hparams) -> float | Tensor:
-    """A solver's option: the number itself, or the hyperparameter that it names.
-
-    Raises:
-        UsageError: there is no hyperparameter of that name.
-    """
-    if not isinstance(value, str):
-        return value
-    if value not in hparams:
-        raise UsageError(f"a solver's option names the hyperparameter '{value}', but there are only {sorted(hparams)}.")
-    return hparams[value]
 
 
 def fresh_state(params: Tensor) -> State:
