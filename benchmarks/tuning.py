@@ -157,8 +157,6 @@ def outer_run(task: tuple[Setting, int, tuple[str, ...]]) -> Row:
         "method": setting.method, "K": setting.num_steps, "alpha": setting.alpha, "seed": seed,
         "validation loss": run.summary["best"]["outer_loss"], "test loss": run.history[-1]["metrics.test_loss"],
         "products": run.summary["work"]["products"], "inner gradients": run.summary["work"]["inner_gradients"],
-        "losses": [record["outer_loss"] for record in run.history],
-        "products of steps": [record["receipt.products"] for record in run.history],
     }  # fmt: skip
 
 

@@ -43,5 +43,6 @@ def check_parts(owner: Any) -> None:
         if isinstance(value, type):
             raise UsageError(f"{name} {article} {what}, but got the class {value.__name__}: write {value.__name__}().")
         raise UsageError(
-            f"{name} {article} {what}, but got {value!r}: give an object, or on the command line {field.name}=NAME."
+            f"{name} {article} {what}, but got {value!r}: give an object; on the command line a group makes it, as "
+            "linear_solver=cg does."
         )

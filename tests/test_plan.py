@@ -14,7 +14,7 @@ import torch
 from bilevel import Positive, Problem, plan
 from bilevel.cli.main import main
 from bilevel.diagnostics import Budget, Forecast, cost
-from bilevel.diagnostics.candidates import Bench, Candidate, reach
+from bilevel.diagnostics.bench import Bench, Candidate, reach
 from bilevel.diagnostics.cost import Cost, Line, Recorded, Units, Work, forecast
 from bilevel.diagnostics.forecast import recommend
 from bilevel.diagnostics.meter import held_bytes, peak_bytes, seconds_of

@@ -264,7 +264,7 @@ def test_damping_that_cannot_grow_is_refused(options):
     [
         (
             lambda: Implicit(linear_solver="cg"),
-            "Implicit needs linear_solver to be a LinearSolver, but got 'cg'.*linear_solver=NAME",
+            "Implicit needs linear_solver to be a LinearSolver, but got 'cg': give an object.*linear_solver=cg",
         ),
         (lambda: Implicit(linear_solver=MINRES), r"but got the class MINRES: write MINRES\(\)"),
         (lambda: Implicit(negative_curvature="raise"), "negative_curvature to be a NegativeCurvature"),

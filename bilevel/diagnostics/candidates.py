@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 
 from bilevel.diagnostics import cost
-from bilevel.diagnostics.cost import Cost, Recorded, Units
-from bilevel.diagnostics.trials import InnerTrial, LinearTrial, Site, try_linear, try_recorded
+from bilevel.diagnostics.bench import UNITS, Bench, Candidate, reach
+from bilevel.diagnostics.cost import Cost, Recorded
+from bilevel.diagnostics.trials import InnerTrial, LinearTrial, try_linear, try_recorded
 from bilevel.errors import UsageError
 from bilevel.hypergradient import (
     SAMA,
@@ -21,9 +22,7 @@ from bilevel.hypergradient import (
     ImplicitUpdate,
     OneStep,
     Unrolled,
-    find_paths,
 )
-from bilevel.hypergradient.paths import EXPLANATIONS
 from bilevel.linalg import (
     GMRES,
     LSMR,
@@ -40,84 +39,12 @@ from bilevel.linalg.iterative import IterativeSolver
 from bilevel.solvers import InnerSolver
 
 MEASURED = "measured"
-UNITS = "measured unit costs and counts"
 CUT = "a trial that was cut short, extrapolated"
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A method with what it would cost, or why it is none.
-
-    Attributes:
-        name: for the table.
-        method: what to pass as `hypergradient`.
-        solver: the inner solver that it goes with.
-        keys: what to write on the command line.
-        cost: of the first hypergradient; None where it is refused.
-        inner_seconds: of its inner solve, if that is the configured one; None otherwise.
-        grows: whether its linear solves get longer and shorter in the course of a run, as the configured ones do.
-        biased: why the number is not the hypergradient even when all solves are exact; empty when it is.
-        short: why its solves do not come to their tolerance; empty when they do.
-        further: whether its inner solver ends further from the solution than the configured one.
-        refused: why it cannot be used here; empty when it can.
-        unreached: hyperparameters that would get no gradient, each with the reason.
-        source: what the cost rests on.
-        counts: inner steps and products, in words.
-        error: estimated relative error of the number, where the method's accuracy adapts; NaN elsewhere.
-    """
-
-    name: str
-    method: HypergradientMethod
-    solver: InnerSolver
-    keys: str
-    cost: Cost | None = None
-    inner_seconds: float | None = None
-    grows: bool = False
-    biased: str = ""
-    short: str = ""
-    further: bool = False
-    refused: str = ""
-    unreached: dict[str, str] = field(default_factory=dict)
-    source: str = UNITS
-    counts: str = ""
-    error: float = math.nan
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Everything that prices are made of.
-
-    Attributes:
-        site: where the problem is measured.
-        units: unit costs.
-        symmetric: whether products with the inner Jacobian are.
-        own: the inner solve with the configured solver.
-        recorded: one with a differentiable solver, the same where that is one.
-        implicit: the configured method, or a plain implicit one in its place.
-    """
-
-    site: Site
-    units: Units
-    symmetric: bool
-    own: InnerTrial
-    recorded: InnerTrial
-    implicit: Implicit
 
 
 def candidates(bench: Bench) -> list[Candidate]:
     """All methods, priced or refused, with the hyperparameters that they do not reach."""
     return [_with_reach(bench, one) for maker in MAKERS for one in maker(bench)]
-
-
-def reach(site: Site, method: HypergradientMethod, solver: InnerSolver) -> dict[str, str]:
-    """The hyperparameters that get no gradient from a method, each with the reason."""
-    covered = method.paths - ({"initial"} if method.warm_start else set())
-    found = {}
-    for name, paths in find_paths(site.flat, solver, site.hparams, site.batches).items():
-        if not paths & covered:
-            reasons = [EXPLANATIONS[path] for path in sorted(paths)]
-            found[name] = reasons[0] if reasons else "it is used nowhere on the way to the outer loss"
-    return found
 
 
 def _with_reach(bench: Bench, one: Candidate) -> Candidate:
@@ -174,7 +101,7 @@ def _update(bench: Bench) -> Iterator[Candidate]:
 
 def _own(bench: Bench, name: str, method: HypergradientMethod, keys: str) -> Candidate:
     """What methods share that go with the configured inner solver."""
-    return Candidate(
+    made = Candidate(
         name=name,
         method=method,
         solver=bench.own.solver,
@@ -184,6 +111,16 @@ def _own(bench: Bench, name: str, method: HypergradientMethod, keys: str) -> Can
         source=CUT if bench.own.extrapolated else UNITS,
         counts=f"{bench.own.num_steps} steps",
     )
+    return _checked(made)
+
+
+def _checked(made: Candidate) -> Candidate:
+    """Refused, where the method does not go with the inner solver."""
+    try:
+        made.method.check(made.solver)
+    except UsageError as error:
+        return replace(made, refused=str(error).rstrip("."))
+    return made
 
 
 def _tried(bench: Bench, made: Candidate, inner: InnerTrial) -> Candidate:
@@ -193,7 +130,6 @@ def _tried(bench: Bench, made: Candidate, inner: InnerTrial) -> Candidate:
     if made.refused:
         return made
     try:
-        method.check(inner.solver)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what a run would warn of is not a row's to say
             trial = try_linear(bench.site, bench.units, inner.solver, inner.params, method)
@@ -296,7 +232,7 @@ def _priced(
 def _recording(bench: Bench, name: str, keys: str, method: HypergradientMethod, counts: str) -> Candidate:
     """What methods with recorded steps share."""
     own = bench.recorded.solver == bench.own.solver
-    return Candidate(
+    made = Candidate(
         name=name,
         method=method,
         solver=bench.recorded.solver,
@@ -309,6 +245,7 @@ def _recording(bench: Bench, name: str, keys: str, method: HypergradientMethod, 
         source=CUT if bench.recorded.extrapolated else UNITS,
         counts=counts,
     )
+    return made if made.refused else _checked(made)
 
 
 def _solver_keys(solver: InnerSolver) -> str:
@@ -340,10 +277,6 @@ def _differenced(bench: Bench, made: Candidate, inner: InnerTrial) -> Candidate:
     """Priced as a central difference of the inner loss, which there has to be."""
     if made.refused:
         return made
-    try:
-        made.method.check(inner.solver)
-    except UsageError as error:
-        return replace(made, refused=str(error).rstrip("."))
     if bench.site.flat.objective(bench.site.batches.curvature).loss is None:
         return replace(made, refused="it needs inner_loss, and the problem defines only optimality")
     return replace(made, cost=cost.finite_difference(bench.units, inner.seconds))

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from bilevel.diagnostics.candidates import MEASURED, Bench, Candidate, candidates
+from bilevel.diagnostics.bench import Bench, Candidate
+from bilevel.diagnostics.candidates import MEASURED, candidates
 from bilevel.diagnostics.cost import NOTHING, Cost, Units
 from bilevel.diagnostics.forecast import Budget, Forecast, recommend
 from bilevel.diagnostics.pilot import Job, Pilot, rehearse

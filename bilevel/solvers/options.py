@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -93,7 +93,8 @@ def bind(owner: Part, layout: Layout, hparams: Mapping[str, Tensor]) -> Part:
         elif is_dataclass(value) and not isinstance(value, type | Spread):
             changes[field] = bind(value, layout, hparams)
     changes = {field: value for field, value in changes.items() if value is not getattr(owner, field)}
-    return replace(owner, **changes) if changes else owner  # type: ignore[type-var]  # a dataclass, as all solvers are
+    changed: Any = owner
+    return cast(Part, replace(changed, **changes)) if changes else owner
 
 
 def _bound(what: str, name: str, layout: Layout, hparams: Mapping[str, Tensor]) -> str | Spread:
