@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from bilevel.diagnostics.checks import CHECKS, TITLES, Limits, one_function
+from bilevel.diagnostics.checks import CHECKS, one_function
 from bilevel.diagnostics.curves import error_curves
-from bilevel.diagnostics.finding import Flaw, Row
+from bilevel.diagnostics.finding import TITLES, Flaw, Limits, Row
 from bilevel.diagnostics.subject import Subject
 from bilevel.errors import UsageError, nearest
 from bilevel.hypergradient import HypergradientMethod, Implicit, default_solver

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from bilevel.diagnostics.finding import Flaw, Row
-from bilevel.diagnostics.resolved import discrepancy
-from bilevel.diagnostics.subject import DENSE_LIMIT, Subject, solve
-from bilevel.errors import NumericalError
-from bilevel.hypergradient import (
-    FixedAccuracy,
-    Hypergradient,
-    HypergradientMethod,
-    Implicit,
-    differentiate,
-    find_paths,
-    start_method,
-)
+from bilevel.diagnostics.comparisons import finite_differences, first_step, method, stationarity
+from bilevel.diagnostics.finding import DIFFERENCE, TITLES, Flaw, Limits, Row, row
+from bilevel.diagnostics.subject import DENSE_LIMIT, Subject, relative, solve
+from bilevel.hypergradient import find_paths
 from bilevel.linalg import Tag, as_matrix, lanczos
 from bilevel.linearisation import Linearisation
 from bilevel.problem import Problem
@@ -29,40 +18,13 @@ from bilevel.purity import Fault, disturbances, randomness
 from bilevel.rng import generator, normal
 
 EXACT = 1e-8  # relative difference of numbers that are equal but for rounding, in float64
-DIFFERENCE = 1e-3  # relative difference that finite differences leave
 SINGULAR = 1e-12  # least over largest eigenvalue below which a Hessian counts as singular
 NUM_LANCZOS = 80
 KINK = 1e-6  # length of the steps to either side of the solution, relative to its size
 SHORTER = 0.1  # factor of a second length, at which a jump shows
 DATA_DRAWS = ("randint", "randperm", "multinomial")  # what draws indices, not noise
 
-TITLES = {
-    "one_function": "losses are fixed functions",
-    "paths": "hyperparameters reached",
-    "stationarity": "inner problem solved",
-    "optimality_and_loss": "optimality fits inner_loss",
-    "repeatable": "products repeat",
-    "symmetric": "symmetry <u, Hv> = <v, Hu>",
-    "smooth": "smooth at the solution",
-    "adjoint": "adjoint of the mixed product",
-    "spectrum": "curvature",
-    "finite_differences": "finite differences of the re-solved problem",
-    "method": "the method",
-    "first_step": "the first outer step",
-}
-
-Check = Callable[[Subject, "Limits"], Row]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a certificate tolerates.
-
-    Attributes:
-        tolerance: relative error of the hypergradient.
-    """
-
-    tolerance: float = 1e-2
+Check = Callable[[Subject, Limits], Row]
 
 
 def one_function(subject: Subject, limits: Limits) -> Row:
@@ -103,27 +65,6 @@ def paths(subject: Subject, limits: Limits) -> Row:
     return Row(TITLES["paths"], f"{connected} of {len(found)}", "all", tuple(flaws))
 
 
-def stationarity(subject: Subject, limits: Limits) -> Row:
-    """How far the hypergradient at the own solution is from that at the refined one."""
-    own, exact = subject.hypergradient(subject.at_own)[0], subject.exact
-    error = relative(own, exact)
-    inner = subject.inner
-    figure = (
-        f"{inner.result.name} after {inner.num_steps} steps, |F| = {float(subject.at_own.stationarity.max()):.2g}, "
-        f"changes the hypergradient by {error:.2g}"
-    )
-    flaws: tuple[tuple[Flaw, str], ...] = ()
-    if not error <= limits.tolerance:
-        flaws = (
-            (
-                Flaw.unconverged_inner_solve,
-                f"{type(subject.solver).__name__} ended with {inner.result.name} after {inner.num_steps} steps, and the "
-                f"hypergradient there is {error:.2g} from that at the solution",
-            ),
-        )
-    return Row(TITLES["stationarity"], figure, f"error <= {limits.tolerance:g}", flaws)
-
-
 def optimality_and_loss(subject: Subject, limits: Limits) -> Row:
     """Where a problem has both, the loss has to be stationary where `optimality` vanishes."""
     problem = subject.problem
@@ -148,7 +89,7 @@ def repeatable(subject: Subject, limits: Limits) -> Row:
     again = subject.linearise(subject.refined, subject.hparams)
     error = relative(again.operator.mv(vector), subject.at_refined.operator.mv(vector))
     said = f"two products of one vector at one point differ by {error:.2g}"
-    return _row(TITLES["repeatable"], error, EXACT, Flaw.unrepeatable_product, said)
+    return row(TITLES["repeatable"], error, EXACT, Flaw.unrepeatable_product, said)
 
 
 def symmetric(subject: Subject, limits: Limits) -> Row:
@@ -160,7 +101,7 @@ def symmetric(subject: Subject, limits: Limits) -> Row:
     left, right = operator.mv(v), operator.mv(u)
     gap = ((u * left).sum(-1) - (v * right).sum(-1)).abs()
     error = float((gap / (left.norm(dim=-1) + right.norm(dim=-1)).clamp(min=1e-300)).max())
-    return _row(
+    return row(
         TITLES["symmetric"],
         error,
         EXACT,
@@ -184,10 +125,10 @@ def smooth(subject: Subject, limits: Limits) -> Row:
         said = f"the derivative of F to one side of the solution differs from the other side's by {one_sided:.2g}"
         if one_sided <= DIFFERENCE:
             said = "F jumps at the solution: its differences grow as steps get shorter, as those of |x|' do at zero"
-        return _row(TITLES["smooth"], error, DIFFERENCE, Flaw.kink, said)
+        return row(TITLES["smooth"], error, DIFFERENCE, Flaw.kink, said)
     said = f"products with the Hessian differ from finite differences of F by {worst:.2g}"
     flaw = Flaw.wrong_optimality if hasattr(subject.problem, "optimality") else Flaw.wrong_derivative
-    return _row(TITLES["smooth"], error, DIFFERENCE, flaw, said)
+    return row(TITLES["smooth"], error, DIFFERENCE, flaw, said)
 
 
 def _differences(subject: Subject, v: Tensor, length: float) -> tuple[float, float]:
@@ -216,7 +157,7 @@ def adjoint(subject: Subject, limits: Limits) -> Row:
     error = abs(forward - backward) / max(size, change, 1e-12)
     said = f"the mixed product and finite differences of F in the hyperparameters differ by {error:.2g}"
     flaw = Flaw.wrong_optimality if hasattr(subject.problem, "optimality") else Flaw.wrong_mixed_product
-    return _row(TITLES["adjoint"], error, DIFFERENCE, flaw, said)
+    return row(TITLES["adjoint"], error, DIFFERENCE, flaw, said)
 
 
 def spectrum(subject: Subject, limits: Limits) -> Row:
@@ -250,66 +191,6 @@ def spectrum(subject: Subject, limits: Limits) -> Row:
     return Row(TITLES["spectrum"], figure, "positive definite" if is_hessian else "invertible", flaws)
 
 
-def finite_differences(subject: Subject, limits: Limits) -> Row:
-    """The theorem's number against differences of the re-solved problem along directions of the hyperparameters."""
-    error = discrepancy(subject, subject.measured, subject.exact)
-    said = f"finite differences of the re-solved problem differ from the theorem's derivative by {error:.2g}"
-    flaw = Flaw.wrong_optimality if hasattr(subject.problem, "optimality") else Flaw.wrong_derivative
-    return _row(TITLES["finite_differences"], error, DIFFERENCE, flaw, said)
-
-
-def method(subject: Subject, limits: Limits) -> Row:
-    """The configured method as the outer loop would run it, against the theorem at the same point and finite differences.
-
-    At the solvers' own tolerances: by how much an outer step may fall short of them is what the receipt of that step says.
-    """
-    name, title = type(subject.method).__name__, TITLES["method"]
-    result = _as_in_a_run(subject, replace(subject.method, accuracy=FixedAccuracy()))
-    if isinstance(result, NumericalError):
-        return Row(title, f"{name} stops", f"<= {limits.tolerance:g}", ((Flaw.stopped_by_policy, str(result)),))
-    gradient, implicit = subject.layout.ravel(result.gradient), isinstance(subject.method, Implicit)
-    error, beside_measured = relative(gradient, subject.exact), discrepancy(subject, subject.measured, gradient)
-    beside = relative(gradient, subject.hypergradient(subject.at_own)[0] if implicit else subject.exact)
-    solved = relative(subject.hypergradient(subject.at_own)[0], subject.exact) <= limits.tolerance
-    flaws: tuple[tuple[Flaw, str], ...] = ()
-    if not beside <= limits.tolerance and (implicit or solved):
-        receipt = result.receipt
-        if implicit and not receipt.biased:
-            said = f"{receipt.linear_result} after {receipt.num_mv} products, {beside:.2g} from the exact hypergradient"
-            flaws = ((Flaw.unsolved_linear_system, said),)
-        else:
-            why = "; ".join(receipt.biased) or "it differentiates something else than the solution"
-            flaws = ((Flaw.biased_method, f"{name} is {beside:.2g} from the exact hypergradient: {why}"),)
-    figure = f"{name}: relative error {error:.2g}, {beside_measured:.2g} from finite differences"
-    return Row(title, figure, f"<= {limits.tolerance:g}", flaws)
-
-
-def first_step(subject: Subject, limits: Limits) -> Row:
-    """What a run makes of its first step where it adapts the tolerances: told, not judged, as the receipt tells it, too."""
-    title = TITLES["first_step"]
-    if isinstance(subject.method.accuracy, FixedAccuracy):
-        return Row(title, "at the solvers' own tolerances, as above")
-    result = _as_in_a_run(subject, subject.method)
-    if isinstance(result, NumericalError):
-        return Row(title, "stopped by its policy")
-    gradient = subject.layout.ravel(result.gradient)
-    error, size = relative(gradient, subject.exact), float(gradient.norm())
-    figure = f"relative error {error:.2g}, at the tolerances that a run starts with"
-    if size > 0 and not math.isnan(result.receipt.error_estimate):
-        figure += f"; its receipt says {result.receipt.error_estimate / size:.2g}"
-    return Row(title, figure)
-
-
-def _as_in_a_run(subject: Subject, method: HypergradientMethod) -> Hypergradient | NumericalError:
-    """The first hypergradient of an outer loop, or what its policy says."""
-    start = subject.flat.start(subject.hparams).detach()
-    state = start_method(method, subject.flat, subject.solver, start, subject.hparams)
-    try:
-        return differentiate(method, subject.flat, subject.solver, start, subject.hparams, subject.batches, state)
-    except NumericalError as refusal:
-        return refusal
-
-
 CHECKS: tuple[Check, ...] = (
     paths,
     repeatable,
@@ -325,22 +206,10 @@ CHECKS: tuple[Check, ...] = (
 )
 
 
-def relative(value: Tensor, reference: Tensor) -> float:
-    """Norm of the difference over the norm of the reference; 0 for two zeros."""
-    gap, size = float((value - reference).norm()), float(reference.norm())
-    if gap == 0:
-        return 0.0
-    return gap / size if size > 0 else float("inf")
-
-
 def _direction(subject: Subject, like: Tensor, number: int) -> Tensor:
     """A random unit vector for each system."""
     vector = normal(tuple(like.shape), generator(subject.seed, number), like.dtype, like.device)
     return vector / vector.norm(dim=-1, keepdim=True)
-
-
-def _row(check: str, figure: float, limit: float, flaw: Flaw, said: str) -> Row:
-    return Row(check, f"{figure:.2g}", f"<= {limit:g}", () if figure <= limit else ((flaw, said),))
 
 
 def _size(at: Linearisation) -> float:

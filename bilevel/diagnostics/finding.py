@@ -73,3 +73,37 @@ class Row:
         """For `certificate.json`."""
         found = [{"name": flaw.name, "detail": detail, "what to do": flaw.value} for flaw, detail in self.flaws]
         return {"check": self.check, "figure": self.figure, "limit": self.limit, "passed": self.passed, "found": found}
+
+
+DIFFERENCE = 1e-3  # relative difference that finite differences leave
+
+TITLES = {
+    "one_function": "losses are fixed functions",
+    "paths": "hyperparameters reached",
+    "stationarity": "inner problem solved",
+    "optimality_and_loss": "optimality fits inner_loss",
+    "repeatable": "products repeat",
+    "symmetric": "symmetry <u, Hv> = <v, Hu>",
+    "smooth": "smooth at the solution",
+    "adjoint": "adjoint of the mixed product",
+    "spectrum": "curvature",
+    "finite_differences": "finite differences of the re-solved problem",
+    "method": "the method",
+    "first_step": "the first outer step",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a certificate tolerates.
+
+    Attributes:
+        tolerance: relative error of the hypergradient.
+    """
+
+    tolerance: float = 1e-2
+
+
+def row(check: str, figure: float, limit: float, flaw: Flaw, said: str) -> Row:
+    """A check of one figure against its limit, with the flaw and its sentence where that is exceeded."""
+    return Row(check, f"{figure:.2g}", f"<= {limit:g}", () if figure <= limit else ((flaw, said),))

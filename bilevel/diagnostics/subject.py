@@ -156,3 +156,11 @@ def solve(at: Linearisation, vector: Tensor, *, transposed: bool = False) -> Sol
     state = solver.init(at.operator)
     solution: Solution = solver.compute(solver.transpose(state) if transposed else state, vector)
     return solution
+
+
+def relative(value: Tensor, reference: Tensor) -> float:
+    """Norm of the difference over the norm of the reference; 0 for two zeros."""
+    gap, size = float((value - reference).norm()), float(reference.norm())
+    if gap == 0:
+        return 0.0
+    return gap / size if size > 0 else float("inf")

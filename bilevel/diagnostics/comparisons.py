@@ -1,0 +1,100 @@
+"""The checks of a certificate that compare hypergradients: at two points, with finite differences, as a run makes them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from bilevel.diagnostics.finding import DIFFERENCE, TITLES, Flaw, Limits, Row, row
+from bilevel.diagnostics.resolved import discrepancy
+from bilevel.diagnostics.subject import Subject, relative
+from bilevel.errors import NumericalError
+from bilevel.hypergradient import (
+    FixedAccuracy,
+    Hypergradient,
+    HypergradientMethod,
+    Implicit,
+    differentiate,
+    start_method,
+)
+
+
+def stationarity(subject: Subject, limits: Limits) -> Row:
+    """How far the hypergradient at the own solution is from that at the refined one."""
+    own, exact = subject.hypergradient(subject.at_own)[0], subject.exact
+    error = relative(own, exact)
+    inner = subject.inner
+    figure = (
+        f"{inner.result.name} after {inner.num_steps} steps, |F| = {float(subject.at_own.stationarity.max()):.2g}, "
+        f"changes the hypergradient by {error:.2g}"
+    )
+    flaws: tuple[tuple[Flaw, str], ...] = ()
+    if not error <= limits.tolerance:
+        flaws = (
+            (
+                Flaw.unconverged_inner_solve,
+                f"{type(subject.solver).__name__} ended with {inner.result.name} after {inner.num_steps} steps, and the "
+                f"hypergradient there is {error:.2g} from that at the solution",
+            ),
+        )
+    return Row(TITLES["stationarity"], figure, f"error <= {limits.tolerance:g}", flaws)
+
+
+def finite_differences(subject: Subject, limits: Limits) -> Row:
+    """The theorem's number against differences of the re-solved problem along directions of the hyperparameters."""
+    error = discrepancy(subject, subject.measured, subject.exact)
+    said = f"finite differences of the re-solved problem differ from the theorem's derivative by {error:.2g}"
+    flaw = Flaw.wrong_optimality if hasattr(subject.problem, "optimality") else Flaw.wrong_derivative
+    return row(TITLES["finite_differences"], error, DIFFERENCE, flaw, said)
+
+
+def method(subject: Subject, limits: Limits) -> Row:
+    """The configured method as the outer loop would run it, against the theorem at the same point and finite differences.
+
+    At the solvers' own tolerances: by how much an outer step may fall short of them is what the receipt of that step says.
+    """
+    name, title = type(subject.method).__name__, TITLES["method"]
+    result = _as_in_a_run(subject, replace(subject.method, accuracy=FixedAccuracy()))
+    if isinstance(result, NumericalError):
+        return Row(title, f"{name} stops", f"<= {limits.tolerance:g}", ((Flaw.stopped_by_policy, str(result)),))
+    gradient, implicit = subject.layout.ravel(result.gradient), isinstance(subject.method, Implicit)
+    error, beside_measured = relative(gradient, subject.exact), discrepancy(subject, subject.measured, gradient)
+    beside = relative(gradient, subject.hypergradient(subject.at_own)[0] if implicit else subject.exact)
+    solved = relative(subject.hypergradient(subject.at_own)[0], subject.exact) <= limits.tolerance
+    flaws: tuple[tuple[Flaw, str], ...] = ()
+    if not beside <= limits.tolerance and (implicit or solved):
+        receipt = result.receipt
+        if implicit and not receipt.biased:
+            said = f"{receipt.linear_result} after {receipt.num_mv} products, {beside:.2g} from the exact hypergradient"
+            flaws = ((Flaw.unsolved_linear_system, said),)
+        else:
+            why = "; ".join(receipt.biased) or "it differentiates something else than the solution"
+            flaws = ((Flaw.biased_method, f"{name} is {beside:.2g} from the exact hypergradient: {why}"),)
+    figure = f"{name}: relative error {error:.2g}, {beside_measured:.2g} from finite differences"
+    return Row(title, figure, f"<= {limits.tolerance:g}", flaws)
+
+
+def first_step(subject: Subject, limits: Limits) -> Row:
+    """What a run makes of its first step where it adapts the tolerances: told, not judged, as the receipt tells it, too."""
+    title = TITLES["first_step"]
+    if isinstance(subject.method.accuracy, FixedAccuracy):
+        return Row(title, "at the solvers' own tolerances, as above")
+    result = _as_in_a_run(subject, subject.method)
+    if isinstance(result, NumericalError):
+        return Row(title, "stopped by its policy")
+    gradient = subject.layout.ravel(result.gradient)
+    error, size = relative(gradient, subject.exact), float(gradient.norm())
+    figure = f"relative error {error:.2g}, at the tolerances that a run starts with"
+    if size > 0 and not math.isnan(result.receipt.error_estimate):
+        figure += f"; its receipt says {result.receipt.error_estimate / size:.2g}"
+    return Row(title, figure)
+
+
+def _as_in_a_run(subject: Subject, method: HypergradientMethod) -> Hypergradient | NumericalError:
+    """The first hypergradient of an outer loop, or what its policy says."""
+    start = subject.flat.start(subject.hparams).detach()
+    state = start_method(method, subject.flat, subject.solver, start, subject.hparams)
+    try:
+        return differentiate(method, subject.flat, subject.solver, start, subject.hparams, subject.batches, state)
+    except NumericalError as refusal:
+        return refusal
