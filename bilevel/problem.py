@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from bilevel.broadcast import Broadcast
 from bilevel.constraints import Constraint
 from bilevel.errors import UsageError
 from bilevel.tree import Nested, to
@@ -35,6 +36,8 @@ class Problem:
         num_tasks: number of systems, or None for a single one without a task dimension.
         inner_batches: None for a full-batch inner problem, else `(step, inner_step) -> batch`, unbiased.
         outer_batches: likewise for the outer loss; called with inner step 0.
+        broadcasts: which hyperparameter belongs to which tensor of params, for options of the inner solver: wanted where their
+            names do not say it, as those of groups.
 
     Example:
         >>> from bilevel.constraints import Positive
@@ -58,6 +61,7 @@ class Problem:
     num_tasks: int | None = None
     inner_batches: Batches | None = None
     outer_batches: Batches | None = None
+    broadcasts: Sequence[Broadcast] = ()
     _device: torch.device | None = None
     _dtype: torch.dtype | None = None
 

@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "solvers": LINALG | {"implicit"},
     "constraints": BASE,
     "broadcast": BASE,
-    "problem": CORE | {"constraints"},
+    "problem": CORE | {"constraints", "broadcast"},
     "flat": CORE | {"constraints", "problem"},
     "receipt": PROBLEM,
     "linearisation": PROBLEM,

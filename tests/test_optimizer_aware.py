@@ -853,6 +853,49 @@ def test_a_broadcast_hyperparameter_serves_as_an_option():
     torch.testing.assert_close(total, alone.gradient["rate"])
 
 
+GROUPS = {"matrices": "*.weight", "rest": "*"}
+
+
+def grouped(**more):
+    shared = Broadcast.of("rate", GROUPS, flatten_names(Layers().init_params({})))
+    problem = Layers(**{**shared.start(0.1), **more})
+    problem.broadcasts = (Broadcast.of("other", "per_tensor", {"a.weight": torch.ones(2, 3)}), shared)
+    return problem
+
+
+def test_groups_serve_as_an_option_once_they_are_declared():
+    solver = GradientDescent(max_steps=5, atol=0.0, learning_rate="rate")
+    problem = grouped()
+    found = hypergradient_at(problem, method=Unrolled(), solver=solver).gradient
+    forward = hypergradient_at(problem, method=ForwardMode(), solver=solver).gradient
+    close(found, forward, 1e-9)
+    by_tensor = hypergradient_at(
+        Layers(**Broadcast.of("rate", "per_tensor", flatten_names(problem.init_params({}))).start(0.1)),
+        method=Unrolled(),
+        solver=solver,
+    ).gradient
+    torch.testing.assert_close(found["rate.matrices"], by_tensor["rate.a.weight"])
+    torch.testing.assert_close(found["rate.rest"], by_tensor["rate.a.bias"] + by_tensor["rate.b"])
+    result = fit(grouped(), solver=solver, hypergradient=Unrolled(), num_steps=3)
+    assert {"hparams.rate.matrices", "hparams.rate.rest"} <= set(result.history[-1])
+
+
+def test_groups_that_are_not_declared_or_not_there_are_refused():
+    solver = GradientDescent(max_steps=5, atol=0.0, learning_rate="rate")
+    problem = grouped()
+    problem.broadcasts = ()
+    with pytest.raises(UsageError, match="none fits the parameter 'a.weight': .*or declare the groups"):
+        hypergradient_at(problem, method=Unrolled(), solver=solver)
+    problem = grouped()
+    del problem.options["rate.rest"]
+    with pytest.raises(UsageError, match="whose 'rate.rest' is declared, but not among the hyperparameters"):
+        hypergradient_at(problem, method=Unrolled(), solver=solver)
+    problem = grouped()
+    problem.broadcasts = ("rate",)
+    with pytest.raises(UsageError, match=r"Layers.broadcasts was expected to hold Broadcast\(s\), but holds 'rate'"):
+        hypergradient_at(problem, method=Unrolled(), solver=solver)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -70,7 +70,7 @@ def _check(config: dict[str, Any]) -> int:
     folder = new_run_directory(Path(settings.output_dir) / "checks", settings.name).path
     content = {"name": settings.name, **certificate.as_json(), "config": config}
     (folder / "certificate.json").write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-    _paint(certificate.curves, folder)
+    _paint(certificate.methods, folder)
     print(f"certificate: {folder / 'certificate.json'}")
     return 1 if certificate.verdict is Verdict.fault else 0
 
@@ -91,6 +91,8 @@ def table(certificate: Any, title: str) -> str:
     out = StringIO()
     console = Console(file=out, width=118)
     console.print(drawn)
+    if certificate.methods:
+        console.print(_methods(certificate.methods))
     for flaw, place in certificate.found.items():
         reason = certificate.declared.get(flaw.name)
         head = f"{flaw.name}: {place}"
@@ -100,6 +102,22 @@ def table(certificate: Any, title: str) -> str:
         console.print(Text(f"{name}: declared in check.declared, but not found: take it out."), highlight=False)
     console.print(Text(certificate.verdict.value, "bold"), highlight=False)
     return out.getvalue().rstrip()
+
+
+def _methods(methods: Mapping[str, Any]) -> Any:
+    """A line for each option of `hypergradient=`: the least error that it comes to at the solution, and for how much."""
+    from rich.table import Table
+
+    from bilevel.diagnostics import best_point
+
+    drawn = Table(title="all methods at the solution", title_style="bold", title_justify="left", header_style="bold")
+    drawn.add_column("hypergradient=")
+    for head in ("products", "relative error", "beside finite differences"):
+        drawn.add_column(head, justify="right")
+    for name, points in methods.items():
+        best = best_point(points)
+        drawn.add_row(name, f"{best.products:,}", f"{best.error:.2g}", f"{best.measured:.2g}")
+    return drawn
 
 
 def _mark(row: Any, declared: Mapping[str, str]) -> Any:
@@ -113,14 +131,14 @@ def _mark(row: Any, declared: Mapping[str, str]) -> Any:
     return Text("declared", "yellow") if all(flaw.name in declared for flaw, _ in row.flaws) else Text("FAIL", "red")
 
 
-def _paint(curves: Mapping[str, Sequence[tuple[int, float]]], folder: Path) -> None:
+def _paint(methods: Mapping[str, Any], folder: Path) -> None:
     """The picture; a failure of it must not lose the certificate."""
-    if not curves:
+    if not methods:
         return
     try:
-        from bilevel.report.curves import paint_curves
+        from bilevel.report.methods import paint_methods
 
-        paint_curves(curves, folder / "certificate.png")
+        paint_methods(methods, folder / "certificate.png")
     except Exception as error:  # whatever matplotlib or a full disk may say
         from bilevel.cli.main import say
 

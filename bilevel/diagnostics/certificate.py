@@ -9,8 +9,8 @@ from enum import Enum
 from typing import Any
 
 from bilevel.diagnostics.checks import CHECKS, one_function
-from bilevel.diagnostics.curves import error_curves
 from bilevel.diagnostics.finding import TITLES, Flaw, Limits, Row
+from bilevel.diagnostics.methods import Point, best_of, every_method
 from bilevel.diagnostics.subject import Subject
 from bilevel.errors import UsageError, nearest
 from bilevel.hypergradient import HypergradientMethod, Implicit, default_solver
@@ -62,12 +62,12 @@ class Certificate:
     Attributes:
         rows: one a check.
         declared: findings that were expected, with their reasons.
-        curves: for each linear solver, pairs of products and relative error.
+        methods: for each method that serves the problem, its error for more and more products.
     """
 
     rows: tuple[Row, ...]
     declared: Mapping[str, str] = field(default_factory=dict)
-    curves: Mapping[str, list[tuple[int, float]]] = field(default_factory=dict)
+    methods: Mapping[str, list[Point]] = field(default_factory=dict)
 
     @property
     def found(self) -> dict[Flaw, str]:
@@ -103,7 +103,7 @@ class Certificate:
             "declared": dict(self.declared),
             "undeclared": [flaw.name for flaw in self.undeclared],
             "declared but absent": self.absent,
-            "error against products": {name: [list(point) for point in curve] for name, curve in self.curves.items()},
+            "methods": {name: [point._asdict() for point in points] for name, points in self.methods.items()},
         }
 
 
@@ -122,7 +122,8 @@ def check(
     Looks whether the losses are functions (no draws, no changing buffers), whether products repeat and are symmetric, at
     the spectrum of the inner Hessian, at kinks, at the mixed product, at what the inner solve leaves, and compares the
     theorem's number with finite differences of the *re-solved* problem, and the configured method with both. The method is
-    certified at the tolerances that the solvers were given; where it adapts them, the error of its first step is told.
+    certified at the tolerances that the solvers were given; where it adapts them, the error of its first step is told. So is
+    what every other method makes of the same solution, for more and more products.
 
     Args:
         problem: is copied; the copy is moved to float64.
@@ -168,10 +169,12 @@ def check(
     rows.append(one_function(subject, limits))  # outside the solve, inside of which nothing would be seen
     with subject.flat.purity.solve():
         rows += _run(subject, limits, rows[0])
-        certificate = Certificate(tuple(rows), dict(declared or {}))
-        if any(flaw in CONSEQUENCES for flaw in certificate.found):
-            return certificate
-        return Certificate(certificate.rows, certificate.declared, error_curves(subject))
+        explained = {name: flaw for row in rows for name, flaw in _consequences(row).items()}
+        if explained:
+            rows.append(_not_judged("methods", next(iter(explained.values()))))
+            return Certificate(tuple(rows), dict(declared or {}))
+        methods = every_method(subject)
+    return Certificate((*rows, best_of(methods)), dict(declared or {}), methods)
 
 
 def _run(subject: Subject, limits: Limits, first: Row) -> list[Row]:
@@ -180,7 +183,7 @@ def _run(subject: Subject, limits: Limits, first: Row) -> list[Row]:
     explained = _consequences(first)
     for one in CHECKS:
         if one.__name__ in explained:
-            rows.append(Row(TITLES[one.__name__], f"not judged: {explained[one.__name__].name}", judged=False))
+            rows.append(_not_judged(one.__name__, explained[one.__name__]))
             continue
         row = one(subject, limits)
         rows.append(row)
@@ -191,3 +194,7 @@ def _run(subject: Subject, limits: Limits, first: Row) -> list[Row]:
 def _consequences(row: Row) -> dict[str, Flaw]:
     """The checks that a row's flaws make meaningless, each with its flaw."""
     return {name: flaw for flaw, _ in row.flaws for name in CONSEQUENCES.get(flaw, ())}
+
+
+def _not_judged(check: str, flaw: Flaw) -> Row:
+    return Row(TITLES[check], f"not judged: {flaw.name}", judged=False)

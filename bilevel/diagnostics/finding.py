@@ -90,6 +90,7 @@ TITLES = {
     "finite_differences": "finite differences of the re-solved problem",
     "method": "the method",
     "first_step": "the first outer step",
+    "methods": "all methods at the solution",
 }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.broadcast import Broadcast
 from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem, StepBatches, named_parts
 from bilevel.hypergradient.method import HypergradientMethod
@@ -93,14 +94,21 @@ def bind_solver(solver: InnerSolver, problem: FlatProblem, hparams: Mapping[str,
     """The solver with its options fitted to the problem's hyperparameters and parameters.
 
     Raises:
-        UsageError: it needs the full batch where there are minibatches, or an option names nothing that fits.
+        UsageError: it needs the full batch where there are minibatches, an option names nothing that fits, or the problem's
+            `broadcasts` hold something else.
     """
     if solver.full_batch and problem.problem.inner_batches is not None:
         raise UsageError(
             f"{type(solver).__name__} needs the full batch, but this problem has inner minibatches: "
             "use GradientDescent or TorchOptimizer."
         )
-    return bind(solver, problem.layout, hparams)
+    held = problem.problem.broadcasts
+    declared = held if isinstance(held, tuple | list) else (held,)
+    for one in declared:
+        if not isinstance(one, Broadcast):
+            name = type(problem.problem).__name__
+            raise UsageError(f"{name}.broadcasts was expected to hold Broadcast(s), but holds {one!r}.")
+    return bind(solver, problem.layout, hparams, [one.owners for one in declared])
 
 
 def report_impurities(problem: FlatProblem, start: Tensor, hparams: Mapping[str, Tensor], batches: StepBatches) -> None:

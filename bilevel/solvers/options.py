@@ -13,6 +13,7 @@ from bilevel.errors import UsageError, nearest
 from bilevel.tree import Layout
 
 Shape = tuple[int, ...]
+Owners = Mapping[str, str]  # for each tensor of `params` the name of its hyperparameter
 Part = TypeVar("Part")
 
 
@@ -72,16 +73,18 @@ def hparam_names(owner: Any) -> tuple[str, ...]:
     return tuple(found)
 
 
-def bind(owner: Part, layout: Layout, hparams: Mapping[str, Tensor]) -> Part:
+def bind(owner: Part, layout: Layout, hparams: Mapping[str, Tensor], declared: Sequence[Owners] = ()) -> Part:
     """A solver whose options fit the parameters: `rate` stands for `rate.layer0`, `rate.layer1` where those are there.
 
     A name below the option's fits the parameter tensor of that name, and all tensors whose names go on after a dot behind it;
     of several the longest counts. So hyperparameters per layer, tensor, feature and weight fit (`bilevel.Broadcast`).
+    Groups, whose names say nothing of the tensors in them, are to be declared.
 
     Args:
         owner: the solver, or a part of it.
         layout: of `params`.
         hparams: the hyperparameters that there are.
+        declared: for hyperparameters whose names do not say it, which of them each tensor of `params` has.
 
     Raises:
         UsageError: an option names nothing, or something of a shape that does not fit `params`.
@@ -89,15 +92,17 @@ def bind(owner: Part, layout: Layout, hparams: Mapping[str, Tensor]) -> Part:
     changes: dict[str, Any] = {}
     for field, value in vars(owner).items():
         if isinstance(value, str):
-            changes[field] = _bound(f"{field} of {type(owner).__name__}", value, layout, hparams)
+            changes[field] = _bound(f"{field} of {type(owner).__name__}", value, layout, hparams, declared)
         elif is_dataclass(value) and not isinstance(value, type | Spread):
-            changes[field] = bind(value, layout, hparams)
+            changes[field] = bind(value, layout, hparams, declared)
     changes = {field: value for field, value in changes.items() if value is not getattr(owner, field)}
     changed: Any = owner
     return cast(Part, replace(changed, **changes)) if changes else owner
 
 
-def _bound(what: str, name: str, layout: Layout, hparams: Mapping[str, Tensor]) -> str | Spread:
+def _bound(
+    what: str, name: str, layout: Layout, hparams: Mapping[str, Tensor], declared: Sequence[Owners]
+) -> str | Spread:
     below = [one for one in hparams if one.startswith(f"{name}.")]
     if name in hparams:
         shape = tuple(hparams[name].shape)
@@ -112,7 +117,10 @@ def _bound(what: str, name: str, layout: Layout, hparams: Mapping[str, Tensor]) 
     if not below:
         hint = nearest(name, hparams, f"give a number, or one of {', '.join(map(repr, sorted(hparams)))}.")
         raise UsageError(f"{what} was expected to be a number or the name of a hyperparameter, but is '{name}': {hint}")
-    owners = [_owner(what, name, tensor, below) for tensor in layout.names]
+    given: Owners = next((one for one in declared if all(hparam.startswith(f"{name}.") for hparam in one.values())), {})
+    if missing := [hparam for hparam in given.values() if hparam not in hparams]:
+        raise UsageError(f"{what} is '{name}', whose '{missing[0]}' is declared, but not among the hyperparameters.")
+    owners = [given.get(tensor) or _owner(what, name, tensor, below) for tensor in layout.names]
     if unused := [one for one in below if one not in owners]:
         raise UsageError(
             f"{what} is '{name}', but '{unused[0]}' fits none of the parameters {', '.join(layout.names)}."
@@ -125,7 +133,7 @@ def _owner(what: str, name: str, tensor: str, below: Sequence[str]) -> str:
     if not fitting:
         raise UsageError(
             f"{what} is '{name}', but of {', '.join(map(repr, below))} none fits the parameter '{tensor}': name them after "
-            "layers or tensors."
+            "layers or tensors, or declare the groups in the problem's `broadcasts`."
         )
     return max(fitting, key=len)
 
