@@ -307,7 +307,7 @@ def test_gmres_does_not_judge_a_cycle_that_it_cut_short():
     memory, _ = gmres_by_hand(solver, system, solver.start(system, vectors), 3)
     memory = solver.restart_from(system, memory, torch.tensor([False, True]), vectors)
     _, progress = gmres_by_hand(solver, system, memory, 2)
-    assert progress.status.tolist() == [Result.stagnated.code, Result.running.code]
+    assert progress.facts.status.tolist() == [Result.stagnated.code, Result.running.code]
 
 
 @every_solver

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel.errors import UsageError
 from bilevel.linalg.iterative import IterativeSolver
-from bilevel.linalg.system import Progress, System, columns, divide
+from bilevel.linalg.system import Facts, Progress, System, columns, divide
 from bilevel.result import Result, full_codes
 
 
@@ -105,7 +105,8 @@ class BiCGStab(IterativeSolver):
         stuck = (moved == 0) & (estimate > 0)
         status = torch.where(stuck, Result.breakdown.code, full_codes(Result.running, rho.shape, rho.device))
         memory = _Memory(y, new, shadow, direction, rho, alpha, coefficients[-1])
-        return _renew(system, memory, estimate), Progress(estimate, gain, status, peak=torch.maximum(peak, estimate))
+        facts = Facts(gain, status, peak=torch.maximum(peak, estimate))
+        return _renew(system, memory, estimate), Progress(estimate, facts, stuck)
 
     def correction(self, system: System, memory: _Memory) -> Tensor:
         """The iterate."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from bilevel.linalg.iterative import IterativeSolver
 from bilevel.linalg.operator import SYMMETRIC, Tag
-from bilevel.linalg.system import Progress, System, columns, divide
+from bilevel.linalg.system import Facts, Progress, System, columns, divide
 from bilevel.result import Result
 
 
@@ -19,7 +20,16 @@ class _Memory(NamedTuple):
     residual: Tensor
     direction: Tensor
     rho: Tensor  # <r, M^-1 r>
-    coupling: Tensor  # (beta + sqrt(beta)) / alpha of the step before: its part of a row of the Lanczos matrix
+
+
+class _Scalars(NamedTuple):
+    """Of a step from a direction `p`; what they say of the operator is worked out for many steps at once."""
+
+    curvature: Tensor  # <p, A p>
+    square: Tensor  # <p, p>
+    image: Tensor | None  # <A p, A p>, where there is a preconditioner
+    rho: Tensor  # before the step
+    new_rho: Tensor
 
 
 @dataclass(frozen=True)
@@ -59,40 +69,48 @@ class ConjugateGradient(IterativeSolver):
     def start(self, system: System, residual: Tensor) -> _Memory:
         """First direction: the preconditioned residual."""
         direction = system.precondition(residual)
-        rho = system.inner(residual, direction)
-        return _Memory(torch.zeros_like(residual), residual, direction, rho, torch.zeros_like(rho))
+        return _Memory(torch.zeros_like(residual), residual, direction, system.inner(residual, direction))
 
     def step(self, system: System, memory: _Memory) -> tuple[_Memory, Progress]:
         """Minimise the A-norm of the error along the direction, then conjugate."""
-        x, residual, direction, rho, coupling = memory
+        x, residual, direction, rho = memory
+        plain = system.preconditioner is None
         product = system.mv(direction)
-        curvature = system.inner(direction, product)
-        rayleigh = curvature / system.inner(direction, direction)
-        # In small problems these scalars cost as much as the product, so each is made once and with few operations. A
-        # quotient is zero where its system is done (`rho = 0`) or must not move (no positive curvature).
-        done, flat = rho == 0, curvature <= 0
-        indefinite = flat & ~done
-        alpha = (rho / curvature).masked_fill_(flat, 0.0)
-        length = columns(alpha)
+        curvature, square = system.inner(direction, product), system.inner(direction, direction)
+        # In small problems these scalars cost as much as the product, so there are as few of them as can be. A quotient is
+        # zero where its system is done (`rho = 0`) or must not move (no positive curvature).
+        flat = curvature <= 0
+        length = columns((rho / curvature).masked_fill_(flat, 0.0))
         x = torch.addcmul(x, length, direction)
         residual = torch.addcmul(residual, length, product, value=-1)
         preconditioned = system.precondition(residual)
         new_rho = system.inner(residual, preconditioned)
-        beta = (new_rho / rho).masked_fill_(done, 0.0)
-        root, inverse = beta.sqrt(), (curvature / rho).masked_fill_(done, 0.0)  # inverse is 1 / alpha
-        if system.preconditioner is None:
-            estimate = new_rho.sqrt()
-            # CG is Lanczos in disguise: the sum of a row of its tridiagonal matrix is near the largest eigenvalue long
-            # before any Rayleigh quotient is (the directions soon lie in the small end of the spectrum).
-            gain = (1.0 + root) * inverse + coupling
-        else:
-            estimate = system.norm(residual)
-            gain = divide(system.norm(product), system.norm(direction))
-        coupling = (beta + root) * inverse
+        beta = (new_rho / rho).masked_fill_(rho == 0, 0.0)
         direction = torch.addcmul(preconditioned, columns(beta), direction)
+        scalars = _Scalars(curvature, square, None if plain else system.inner(product, product), rho, new_rho)
+        estimate = new_rho.sqrt() if plain else system.norm(residual)
+        return _Memory(x, residual, direction, new_rho), Progress(estimate, scalars, flat)
+
+    def facts(self, steps: Sequence[_Scalars]) -> Facts:
+        """Curvature, and a lower estimate of the operator's norm."""
+        curvature, square, image, rho, new_rho = (
+            None if column[0] is None else torch.stack(column) for column in zip(*steps, strict=True)
+        )
+        assert curvature is not None and square is not None and rho is not None and new_rho is not None
+        rayleigh, done = curvature / square, rho == 0
+        if image is None:
+            # CG is Lanczos in disguise: the sum of a row of its tridiagonal matrix is near the largest eigenvalue long
+            # before any Rayleigh quotient is (the directions soon lie in the small end of the spectrum). A row is that of a
+            # step, (1 + √β) / α, and of the one before it, (β + √β) / α, which is left out in the first row of these.
+            beta, inverse = ((part / rho).masked_fill_(done, 0.0) for part in (new_rho, curvature))
+            root = beta.sqrt()
+            gain = (1.0 + root) * inverse
+            gain[1:] += ((beta + root) * inverse)[:-1]
+        else:
+            gain = divide(image, square).sqrt()
+        indefinite = (curvature <= 0) & ~done
         status = torch.where(indefinite, Result.negative_curvature.code, Result.running.code)
-        memory = _Memory(x, residual, direction, new_rho, coupling)
-        return memory, Progress(estimate, torch.where(indefinite, rayleigh.abs(), gain), status, rayleigh)
+        return Facts(torch.where(indefinite, rayleigh.abs(), gain), status, rayleigh)
 
     def correction(self, system: System, memory: _Memory) -> Tensor:
         """The iterate."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel.errors import UsageError
 from bilevel.linalg.iterative import IterativeSolver
-from bilevel.linalg.system import Progress, System, columns, divide, select
+from bilevel.linalg.system import Facts, Progress, System, columns, divide, select
 from bilevel.result import Result, full_codes
 
 
@@ -120,13 +120,13 @@ class GMRES(IterativeSolver):
         status = torch.where(singular, Result.singular.code, running)
         memory = memory._replace(position=memory.position + 1)
         if k + 1 < target.shape[-1] - 1:
-            return memory, Progress(estimate, gain, status)
+            return memory, Progress(estimate, Facts(gain, status))
         x = self.correction(system, memory)
         residual = memory.residual - self._image(memory)
         before, after = system.norm(memory.residual), system.norm(residual)
         stuck = (after > 0.999 * before) & (status == Result.running.code) & (memory.begun == 0)
         status = torch.where(stuck, Result.stagnated.code, status)
-        return self._cycle(system, x, residual), Progress(estimate, gain, status)
+        return self._cycle(system, x, residual), Progress(estimate, Facts(gain, status))
 
     def _weights(self, memory: _Memory) -> Tensor:
         """Solution of the triangular system; a vanished pivot (a singular operator) gives weight 0."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from bilevel.linalg.composite import SharedOperator
 from bilevel.linalg.loop import Loop
 from bilevel.linalg.operator import LinearOperator
 from bilevel.linalg.solver import LinearSolver, check_vector
-from bilevel.linalg.system import Progress, System, divide, select
+from bilevel.linalg.system import Facts, Progress, System, divide, select
 from bilevel.result import Solution
 
 
@@ -72,6 +73,10 @@ class IterativeSolver(LinearSolver):
         zero then. The residual's own multiple leaves a good start as it is, where the right-hand side's would cancel.
         """
         return divide(system.inner(image, residual), system.inner(image, image))
+
+    def facts(self, steps: Sequence[Any]) -> Facts:
+        """The facts of steps in a row, `(steps, *batch)`: once for many, since each costs more than it weighs."""
+        return Facts(*(None if column[0] is None else torch.stack(column) for column in zip(*steps, strict=True)))
 
     def replace_residual(self, memory: Any, residual: Tensor) -> Any:
         """Put the true residual in the place of the recursive one, keeping the directions; for methods that can."""

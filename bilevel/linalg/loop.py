@@ -72,6 +72,8 @@ class Loop:
         self.curvature_min = torch.full_like(self.scale, torch.nan)
         self.curvature_max = torch.full_like(self.scale, torch.nan)
         self.strikes = torch.zeros_like(self.result)
+        self.status = self.result
+        self.pending: list[Progress] = []  # steps whose facts have not been looked at
         shape = (*operator.batch_shape, operator.shape[1])
         self.base = torch.zeros(shape, dtype=vector.dtype, device=vector.device)
         residual = self.vector
@@ -88,7 +90,7 @@ class Loop:
         self.best, self.best_norm = self.base, system.norm(residual)
         self.first_residual = residual
         self.halved_norm, self.halved_at = self.best_norm, torch.zeros_like(self.result)
-        self.floor = self._attainable(self.base)  # of the best iterate, brought up to date when it changes
+        self._set_bound()
 
     def solve(self) -> Solution:
         """Step until no system is running."""
@@ -100,10 +102,10 @@ class Loop:
             self._charge(self.running)
             for number in range(1, self.solver.max_steps + 1):
                 memory, progress = self.solver.step(self.system, memory)
-                finite = progress.estimate < torch.inf  # False for NaN too
-                self._account(progress, finite)
-                if not self._eventful(progress, finite, number):
+                self.pending.append(progress)
+                if not self._eventful(progress, number):
                     continue
+                self._take_stock()
                 memory = self._judge(memory, progress, number)
                 if not bool(self.running.any()):
                     break
@@ -115,15 +117,22 @@ class Loop:
         self.num_mv = self.num_mv + self.system.spent * systems
         self.system.spent = 0
 
-    def _account(self, progress: Progress, finite: Tensor) -> None:
-        """Count the products and widen the ranges of the systems that are still running."""
+    def _take_stock(self) -> None:
+        """Count the products and widen the ranges of the systems that are still running, for all steps since the last time."""
+        if not self.pending:
+            return
         self._charge(self.running)
-        self.gain = self._update(self.gain, torch.fmax(self.gain, progress.gain))
-        passed = progress.estimate if progress.peak is None else progress.peak
-        self.peak = self._update(self.peak, torch.where(finite, torch.fmax(self.peak, passed), self.peak))
-        if progress.curvature is not None:
-            self.curvature_min = self._update(self.curvature_min, torch.fmin(self.curvature_min, progress.curvature))
-            self.curvature_max = self._update(self.curvature_max, torch.fmax(self.curvature_max, progress.curvature))
+        facts = self.solver.facts([progress.facts for progress in self.pending])
+        estimates = torch.stack([progress.estimate for progress in self.pending])
+        passed = torch.where(estimates < torch.inf, estimates if facts.peak is None else facts.peak, torch.nan)
+        self.status = facts.status[-1]
+        self.gain = self._update(self.gain, torch.fmax(self.gain, _extreme(facts.gain, largest=True)))
+        self.peak = self._update(self.peak, torch.fmax(self.peak, _extreme(passed, largest=True)))
+        if facts.curvature is not None:
+            least, most = (_extreme(facts.curvature, largest=largest) for largest in (False, True))
+            self.curvature_min = self._update(self.curvature_min, torch.fmin(self.curvature_min, least))
+            self.curvature_max = self._update(self.curvature_max, torch.fmax(self.curvature_max, most))
+        self.pending.clear()
 
     def _update(self, old: Tensor, new: Tensor) -> Tensor:
         """The new value for the systems that are still running; no operation while all are."""
@@ -131,25 +140,35 @@ class Loop:
 
     def _claims(self, progress: Progress) -> Tensor:
         """Which systems are done if the recurrence is right."""
-        if self.tolerance is None:
-            return torch.zeros_like(self.running)
-        # Half the floor: a claim just below it would often be refuted by rounding, and cost the method its directions.
-        claim = progress.estimate <= torch.maximum(self.tolerance, 0.5 * self.floor)
-        if progress.optimal is not None:
+        claim = progress.estimate <= self.bound
+        if progress.optimal is not None and self.tolerance is not None:
             claim = claim | (progress.optimal <= self._optimality() * self.gain)
         return claim
+
+    def _set_bound(self) -> None:
+        """The estimate at which a system claims to be done; none does where there is no tolerance.
+
+        Half the floor: a claim just below it would often be refuted by rounding, and cost the method its directions.
+        """
+        if self.tolerance is None:
+            self.bound = torch.full_like(self.scale, -1.0)
+        else:
+            self.bound = torch.maximum(self.tolerance, 0.5 * self._attainable(self.best))
 
     def _is_refresh(self, number: int) -> bool:
         return self.tolerance is not None and number % CHECK_PERIOD == 0
 
-    def _eventful(self, progress: Progress, finite: Tensor, number: int) -> bool:
+    def _eventful(self, progress: Progress, number: int) -> bool:
         """Whether a step needs a closer look. Most do not: in small problems this question is all that they may cost."""
         if number == self.solver.max_steps or self._is_refresh(number):
             return True
-        event = (progress.status != Result.running.code) | ~finite
-        if self.tolerance is not None:
-            event = event | self._claims(progress)
-        return bool((event & self.running).any())
+        if progress.optimal is not None:
+            self._take_stock()  # its claims go by the operator's norm
+        alarm = progress.facts.status != Result.running.code if progress.alarm is None else progress.alarm
+        event = alarm | self._claims(progress) | ~(progress.estimate < torch.inf)  # NaN is not below it, either
+        if not self.everyone:
+            event = event & self.running
+        return bool(event.any() if event.ndim else event)
 
     def _judge(self, memory: Any, progress: Progress, number: int) -> Any:
         """Look closer at a step: keep what is best, decide which systems are done, and restart false claims."""
@@ -164,14 +183,14 @@ class Loop:
         """The iterate of a step and its residual."""
         last, refresh = number == self.solver.max_steps, self._is_refresh(number)
         broken = self.running & ~(progress.estimate < torch.inf)
-        failed = self.running & (progress.status != Result.running.code) & ~broken
+        failed = self.running & (self.status != Result.running.code) & ~broken
         claim = self._claims(progress) & self.running & ~failed & ~broken
         at = self.running if last or refresh else claim | failed | broken
         iterate = self.base + self.solver.correction(self.system, memory)
         residual, true_norm = self._measure(iterate, progress, at, number, refresh)
         halved = at & (true_norm <= 0.5 * self.halved_norm)
         return _Look(
-            number, progress.status, refresh, last, at, claim, failed, broken, halved, iterate, residual, true_norm
+            number, self.status, refresh, last, at, claim, failed, broken, halved, iterate, residual, true_norm
         )
 
     def _keep(self, look: _Look) -> None:
@@ -188,7 +207,7 @@ class Loop:
         better = better | (look.failed & (look.status == Result.negative_curvature.code))
         self.best = torch.where(columns(better), look.iterate, self.best)
         self.best_norm = torch.where(better, look.norm, self.best_norm)
-        self.floor = self._attainable(self.best)
+        self._set_bound()
 
     def _decide(self, look: _Look) -> None:
         """Which systems are done, and with which result; the first that applies."""
@@ -240,7 +259,7 @@ class Loop:
         trusted = self.tolerance is None or bool((~looked_at | (progress.estimate > drift)).all())
         if self.tolerance is not None and progress.optimal is not None:
             trusted = False  # a least-squares residual is large, and is wanted itself
-        plain = progress.status == Result.running.code
+        plain = self.status == Result.running.code
         if trusted and not refresh and bool((plain | ~looked_at).all()):
             return None, torch.where(progress.estimate.isfinite(), progress.estimate, torch.inf)
         residual = self.vector - self.system.mv(iterate)
@@ -288,3 +307,10 @@ class Loop:
             curvature_min=self.curvature_min,
             curvature_max=self.curvature_max,
         )
+
+
+def _extreme(values: Tensor, *, largest: bool) -> Tensor:
+    """Over the first dimension, NaN left out; NaN where there is nothing else."""
+    sign = 1.0 if largest else -1.0
+    most = torch.where(values.isnan(), -torch.inf, sign * values).amax(0)
+    return torch.where(values.isnan().all(0), torch.nan, sign * most)

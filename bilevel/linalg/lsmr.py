@@ -11,7 +11,7 @@ from torch import Tensor
 from bilevel.errors import UsageError
 from bilevel.linalg.iterative import IterativeSolver
 from bilevel.linalg.operator import LinearOperator
-from bilevel.linalg.system import Progress, System, columns, divide
+from bilevel.linalg.system import Facts, Progress, System, columns, divide
 from bilevel.result import Result, Solution, full_codes
 
 
@@ -124,7 +124,7 @@ class LSMR(IterativeSolver):
         )  # fmt: skip
         estimate = system.norm(residual)
         running = full_codes(Result.running, beta.shape, beta.device)
-        return memory, Progress(estimate, gain, running, optimal=divide(zeta_bar.abs(), estimate))
+        return memory, Progress(estimate, Facts(gain, running), optimal=divide(zeta_bar.abs(), estimate))
 
     def correction(self, system: System, memory: _Memory) -> Tensor:
         """The iterate."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel.linalg.iterative import IterativeSolver
 from bilevel.linalg.operator import SYMMETRIC, Tag
-from bilevel.linalg.system import Progress, System, columns, divide, rounding_level
+from bilevel.linalg.system import Facts, Progress, System, columns, divide, rounding_level
 from bilevel.result import Result, full_codes
 
 
@@ -110,7 +110,7 @@ class MINRES(IterativeSolver):
             delta_bar=-m.cosine * beta, epsilon=m.sine * beta, phi_bar=phi_bar,
             scale=scale,
         )  # fmt: skip
-        return memory, Progress(system.norm(residual), gain, status, rayleigh)
+        return memory, Progress(system.norm(residual), Facts(gain, status, rayleigh), singular)
 
     def correction(self, system: System, memory: _Memory) -> Tensor:
         """The iterate."""

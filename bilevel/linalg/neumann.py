@@ -12,7 +12,7 @@ from bilevel.errors import UsageError
 from bilevel.linalg.iterative import IterativeSolver
 from bilevel.linalg.operator import LinearOperator, Tag
 from bilevel.linalg.spectrum import lanczos
-from bilevel.linalg.system import Progress, System, columns, divide, select
+from bilevel.linalg.system import Facts, Progress, System, columns, divide, select
 from bilevel.result import Result, Solution
 
 NUM_ESTIMATE = 8
@@ -137,7 +137,9 @@ class NeumannSeries(IterativeSolver):
         symmetric = Tag.symmetric in system.operator.tags and system.preconditioner is None
         diverged = num_growing >= (1 if symmetric else PATIENCE)
         status = torch.where(diverged, Result.diverged.code, Result.running.code)
-        return _Memory(x, residual, estimate, num_growing, step_size), Progress(estimate, gain, status, rayleigh)
+        return _Memory(x, residual, estimate, num_growing, step_size), Progress(
+            estimate, Facts(gain, status, rayleigh), diverged
+        )
 
     def correction(self, system: System, memory: _Memory) -> Tensor:
         """The partial sum."""

@@ -62,24 +62,36 @@ class System:
         return self.operator.inner(vector, vector).sqrt()
 
 
+class Facts(NamedTuple):
+    """What the loop learns of each system from a step, shapes `(*batch,)`, or from several, `(steps, *batch)`.
+
+    Attributes:
+        gain: a lower estimate of the operator's norm, from a product.
+        status: codes of `Result`; `running` where all is well.
+        curvature: Rayleigh quotient that was seen, if the method has one.
+        peak: largest residual norm on the way to the step's own, where a step passes several residuals.
+    """
+
+    gain: Tensor
+    status: Tensor
+    curvature: Tensor | None = None
+    peak: Tensor | None = None
+
+
 class Progress(NamedTuple):
     """What one step tells the loop about each system, shapes `(*batch,)`.
 
     Attributes:
         estimate: norm of the residual as the recurrence has it.
-        gain: a lower estimate of the operator's norm, from this step's product.
-        status: codes of `Result`; `running` where all is well.
-        curvature: Rayleigh quotient seen in this step, if the method has one.
+        facts: what is looked at from time to time only: `Facts`, or whatever the solver's `facts` makes those of.
+        alarm: where the status may not be `running`; None where it has to be looked at.
         optimal: norm of `A^T r` over the norm of `r` (least squares only).
-        peak: largest residual norm on the way to `estimate`, where a step passes several residuals.
     """
 
     estimate: Tensor
-    gain: Tensor
-    status: Tensor
-    curvature: Tensor | None = None
+    facts: Any
+    alarm: Tensor | None = None
     optimal: Tensor | None = None
-    peak: Tensor | None = None
 
 
 def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
