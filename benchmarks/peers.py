@@ -45,7 +45,7 @@ def torchopt_custom_root(task: Task, num_steps: int) -> Hypergradient:
     def compute() -> TensorDict:
         warnings.simplefilter("ignore", FutureWarning)  # it calls functorch's old names
         decay = tuple(value.detach().requires_grad_() for value in task.decay.values())
-        solution = solve(tuple(task.params.values()), decay)
+        solution: Any = solve(tuple(task.params.values()), decay)
         loss = problem.outer_loss(dict(zip(names, solution, strict=True)), {}, None)
         return dict(zip(names, torch.autograd.grad(loss, decay), strict=True))
 

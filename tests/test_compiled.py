@@ -15,9 +15,20 @@ import bilevel.linalg.compiled as module
 from bilevel import Positive, Problem
 from bilevel.errors import UsageError
 from bilevel.hypergradient import Implicit, hypergradient_at
-from bilevel.linalg import MINRES, ConjugateGradient, Tag, as_matrix, linear_solve
+from bilevel.linalg import (
+    MINRES,
+    POSITIVE_DEFINITE,
+    ConjugateGradient,
+    DiagonalOperator,
+    MatrixOperator,
+    Tag,
+    as_matrix,
+    linear_solve,
+)
 from bilevel.linalg.compiled import MAX_CHANGES, MAX_PROGRAMS, CompiledDerivatives
 from bilevel.linalg.differentiate import differentiate
+from bilevel.linalg.fused import Fused, fused
+from bilevel.linalg.recycling import WatchedOperator
 from bilevel.linalg.tracing import split, trace
 from bilevel.solvers import GradientDescent
 
@@ -104,14 +115,15 @@ case = pytest.mark.parametrize(("function", "point", "args", "data"), CASES.valu
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Run graphs as traced; the list holds those that would have been compiled."""
-    seen = []
+    """Run graphs as traced; the list holds those of products that would have been compiled."""
+    seen, true = [], module._compile
 
-    def compile(graph, example, options):
-        seen.append(graph)
-        return graph
+    def compile(part, kept, vector):
+        seen.append(part.graph)
+        return true(part, kept, vector)
 
-    monkeypatch.setattr(torch._inductor, "compile", compile)
+    monkeypatch.setattr(module, "_compile", compile)
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, example, options: graph)
     return seen
 
 
@@ -427,13 +439,23 @@ def test_wrong_products_are_found_out(function, spoilt, what, monkeypatch):
 
     def compile(graph, example, options):
         made.append(graph)
-        wrong = len(made) - 1 == spoilt
+        wrong = len(made) - 2 == spoilt  # the first graph is what does not depend on a vector
         return lambda *tensors: [result * (1 + 1e-5 * wrong) for result in graph(*tensors)]
 
     monkeypatch.setattr(torch._inductor, "compile", compile)
     found = CompiledDerivatives().at(function, randn(6), C)
     assert f"their {what} differs from the eager one by 1.0e-05 (relative)" in found.fallback
     assert type(found.operator).__module__ != module.__name__
+
+
+def test_a_wrong_setup_is_found_out(monkeypatch):
+    def compile(graph, example, options):
+        wrong = len(example) == 2  # the point and its argument
+        return lambda *tensors: [result * (1 + 1e-5 * wrong) for result in graph(*tensors)]
+
+    monkeypatch.setattr(torch._inductor, "compile", compile)
+    found = CompiledDerivatives().at(quartic, randn(6), C)
+    assert "their product differs from the eager one by" in found.fallback
 
 
 def test_wrong_mixed_products_are_found_out(graphs, monkeypatch):
@@ -541,3 +563,48 @@ def test_a_hypergradient_that_is_not_compiled_says_why(graphs):
     compiled = hypergradient(problem, True)[0]
     assert "draws random numbers" in compiled.receipt.fallback and eager.receipt.fallback is None
     torch.testing.assert_close(compiled.gradient, eager.gradient, rtol=1e-9, atol=1e-12)
+
+
+# --- the arithmetic of solvers --------------------------------------------------------------------------------------------
+
+
+class Fusing(MatrixOperator):
+    def fuse(self, function):
+        return fused(function)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch", [(), (3,)], ids=["one system", "a batch"])
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_fused_arithmetic_takes_the_same_steps(preconditioned, batch, dtype):
+    n = 40
+    root = torch.randn(*batch, n, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    matrix = (root @ root.mT + torch.eye(n, dtype=torch.float64)).to(dtype)
+    vector = torch.randn(*batch, n, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
+    if batch:
+        vector[1] = 0.0  # a system that is done at once
+    plain, fast = MatrixOperator(matrix, POSITIVE_DEFINITE), Fusing(matrix, POSITIVE_DEFINITE)
+    scale = DiagonalOperator(1.0 / matrix.diagonal(dim1=-2, dim2=-1), POSITIVE_DEFINITE) if preconditioned else None
+    solver = ConjugateGradient(rtol=None, max_steps=8)
+    expected, found = (solver.compute(solver.init(one), vector, preconditioner=scale) for one in (plain, fast))
+    tolerance = 1e3 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found.value, expected.value, rtol=tolerance, atol=tolerance)
+    for name in ("residual_norm", "curvature_min", "curvature_max"):
+        pair = (getattr(found, name), getattr(expected, name))
+        torch.testing.assert_close(*pair, rtol=tolerance, atol=tolerance, equal_nan=True)
+    assert torch.equal(found.num_mv, expected.num_mv) and torch.equal(found.result, expected.result)
+    solver = ConjugateGradient(rtol=1e-4, max_steps=500)
+    solved = solver.compute(solver.init(WatchedOperator(fast, 5)), vector, preconditioner=scale)
+    assert bool(solved.successful)
+    residual = (matrix @ solved.value.unsqueeze(-1)).squeeze(-1) - vector
+    assert float((residual.norm(dim=-1) / vector.norm(dim=-1).clamp(min=1e-30)).max()) < 1.1e-4
+    assert not solver.compute(
+        solver.init(Fusing(-matrix, POSITIVE_DEFINITE)), vector
+    ).successful  # and sees negative curvature
+
+
+def test_arithmetic_that_cannot_be_compiled_runs_as_written():
+    by_value = Fused(lambda x: (x + 1,) if float(x.sum()) > 0 else (x - 1,))
+    assert by_value(torch.ones(2))[0].tolist() == [2.0, 2.0] and by_value(-torch.ones(2))[0].tolist() == [-2.0, -2.0]
+    with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler"), "fx_graph_cache": False}):
+        assert Fused(lambda x: (2 * x.sin() * x.cos(),))(torch.zeros(3))[0].tolist() == [0.0, 0.0, 0.0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -13,6 +13,8 @@ from bilevel.linalg.iterative import IterativeSolver
 from bilevel.linalg.operator import SYMMETRIC, Tag
 from bilevel.linalg.system import Facts, Progress, System, columns, divide
 from bilevel.result import Result
+
+Inner = Callable[[Tensor, Tensor], Tensor]
 
 
 class _Memory(NamedTuple):
@@ -74,22 +76,17 @@ class ConjugateGradient(IterativeSolver):
     def step(self, system: System, memory: _Memory) -> tuple[_Memory, Progress]:
         """Minimise the A-norm of the error along the direction, then conjugate."""
         x, residual, direction, rho = memory
-        plain = system.preconditioner is None
         product = system.mv(direction)
-        curvature, square = system.inner(direction, product), system.inner(direction, direction)
-        # In small problems these scalars cost as much as the product, so there are as few of them as can be. A quotient is
-        # zero where its system is done (`rho = 0`) or must not move (no positive curvature).
-        flat = curvature <= 0
-        length = columns((rho / curvature).masked_fill_(flat, 0.0))
-        x = torch.addcmul(x, length, direction)
-        residual = torch.addcmul(residual, length, product, value=-1)
-        preconditioned = system.precondition(residual)
-        new_rho = system.inner(residual, preconditioned)
-        beta = (new_rho / rho).masked_fill_(rho == 0, 0.0)
-        direction = torch.addcmul(preconditioned, columns(beta), direction)
-        scalars = _Scalars(curvature, square, None if plain else system.inner(product, product), rho, new_rho)
-        estimate = new_rho.sqrt() if plain else system.norm(residual)
-        return _Memory(x, residual, direction, new_rho), Progress(estimate, scalars, flat)
+        if system.preconditioner is None:
+            x, residual, direction, *scalars = system.fuse(_plain)(x, residual, direction, product, rho)
+            curvature, square, new_rho, estimate, alarm = scalars
+            image = None
+        else:
+            x, residual, *scalars = system.fuse(_descend)(x, residual, direction, product, rho)
+            curvature, square, image, estimate, alarm = scalars
+            direction, new_rho = system.fuse(_turn)(residual, system.precondition(residual), direction, rho)
+        seen = _Scalars(curvature, square, image, rho, new_rho)
+        return _Memory(x, residual, direction, new_rho), Progress(estimate, seen, alarm)
 
     def facts(self, steps: Sequence[_Scalars]) -> Facts:
         """Curvature, and a lower estimate of the operator's norm."""
@@ -119,3 +116,41 @@ class ConjugateGradient(IterativeSolver):
     def replace_residual(self, memory: _Memory, residual: Tensor) -> _Memory:
         """The true residual; the direction stays, so the Krylov space is kept."""
         return memory._replace(residual=residual)
+
+
+# In small problems the scalars of a step cost as much as its product, so there are as few of them as can be. A quotient is
+# zero where its system is done (`rho = 0`) or must not move (no positive curvature), which is told as an alarm.
+
+
+def _plain(
+    inner: Inner, x: Tensor, residual: Tensor, direction: Tensor, product: Tensor, rho: Tensor
+) -> tuple[Tensor, ...]:
+    """The step without a preconditioner."""
+    x, residual, curvature, square, alarm = _move(inner, x, residual, direction, product, rho)
+    direction, new_rho = _turn(inner, residual, residual, direction, rho)
+    return x, residual, direction, curvature, square, new_rho, new_rho.sqrt(), alarm
+
+
+def _descend(
+    inner: Inner, x: Tensor, residual: Tensor, direction: Tensor, product: Tensor, rho: Tensor
+) -> tuple[Tensor, ...]:
+    """The part of a step before the preconditioner, with the norms that only the other way gets for nothing."""
+    x, residual, curvature, square, alarm = _move(inner, x, residual, direction, product, rho)
+    return x, residual, curvature, square, inner(product, product), inner(residual, residual).sqrt(), alarm
+
+
+def _move(
+    inner: Inner, x: Tensor, residual: Tensor, direction: Tensor, product: Tensor, rho: Tensor
+) -> tuple[Tensor, ...]:
+    curvature, square = inner(direction, product), inner(direction, direction)
+    flat = curvature <= 0
+    length = columns((rho / curvature).masked_fill_(flat, 0.0))
+    x = torch.addcmul(x, length, direction)
+    residual = torch.addcmul(residual, length, product, value=-1)
+    return x, residual, curvature, square, flat & (rho != 0)
+
+
+def _turn(inner: Inner, residual: Tensor, preconditioned: Tensor, direction: Tensor, rho: Tensor) -> tuple[Tensor, ...]:
+    new_rho = inner(residual, preconditioned)
+    beta = (new_rho / rho).masked_fill_(rho == 0, 0.0)
+    return torch.addcmul(preconditioned, columns(beta), direction), new_rho

@@ -17,10 +17,11 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.utils import _pytree as pytree  # torch has no public name for it, and its other tracers rest on it too
 
 from bilevel.linalg.differentiate import Derivatives, Function, differentiate
+from bilevel.linalg.fused import Arithmetic, compile_graph, fused, layout
 from bilevel.linalg.operator import LinearOperator, Tag
 from bilevel.linalg.tracing import Part, Untraceable, split, trace
 from bilevel.tree import TensorDict
@@ -29,12 +30,6 @@ Product = Callable[[Tensor], Tensor]
 
 MAX_PROGRAMS = 8  # shapes, and values of what is no tensor, for which one function is compiled
 MAX_CHANGES = 3  # times that it is traced again because something has changed that it reads but is not given
-
-# The graph is traced already, so `torch._inductor.compile` serves; `torch.compile` would put guards before every call,
-# a fifth of a small product. What it would guard is known here: sizes and strides are part of a program's key. Without
-# the pattern matcher, sums of matrix products join the elementwise kernels beside them; with it they become `addmm`,
-# which copies the summand first.
-OPTIONS = {"cpp_wrapper": True, "pattern_matcher": False, "size_asserts": False, "alignment_asserts": False}
 
 
 class CompiledOperator(LinearOperator):
@@ -70,6 +65,10 @@ class CompiledOperator(LinearOperator):
             return self
         (product, transposed), (point, optimality) = self._products, self._spaces
         return CompiledOperator(transposed, product, optimality, point, self.tags)
+
+    def fuse(self, function: Arithmetic) -> Callable[..., Sequence[Tensor]]:
+        """Compiled, too."""
+        return fused(function)
 
 
 class CompiledDerivatives:
@@ -180,7 +179,7 @@ class _Inputs(NamedTuple):
             rest = iter(given)
             return pytree.tree_unflatten([next(rest) if isinstance(e, Tensor) else e for e in entries], spec)
 
-        layouts = tuple(_layout(value) for value in (point, *values, *tensors))
+        layouts = tuple(layout(value) for value in (point, *values, *tensors))
         key = (tuple(args), str(spec), tuple(others), layouts)
         return cls(point, dict(zip(args, values, strict=True)), tensors, rebuild, key)
 
@@ -208,19 +207,18 @@ class _Run(NamedTuple):
 
 
 def _compile(part: Part, kept: Sequence[Tensor], vector: Tensor) -> _Run:
-    example: list[Any] = [*(kept[index] for index in part.reads), vector]
-    return _Run(torch._inductor.compile(part.graph, example, options=OPTIONS), part.reads)
+    return _Run(compile_graph(part.graph, [*(kept[index] for index in part.reads), vector]), part.reads)
 
 
 class _Program(NamedTuple):
-    """A traced function, split; only what runs many times at a point is worth compiling."""
+    """A traced function, split; the mixed product, which runs once at a point, is not worth compiling."""
 
-    setup: fx.GraphModule  # inputs -> value, optimality, and what the parts read
+    setup: Callable[..., Sequence[Tensor]]  # inputs -> value, optimality, and what the parts read
     product: _Run
     transposed: _Run
     mixed: _Run
     tags: frozenset[Tag]
-    layout: list[Any]  # of the kept tensors: compiled code relies on it
+    layouts: list[Any]  # of the kept tensors: compiled code relies on it
 
     @classmethod
     def of(cls, function: Function, inputs: _Inputs, like: Derivatives, seconds: dict[str, float]) -> _Program:
@@ -238,17 +236,18 @@ class _Program(NamedTuple):
             vectors = [torch.empty_like(space) for space in (inputs.point, like.optimality, like.optimality)]
             setup, (product, transposed, mixed) = split(trace(everything, [*inputs.flat, *vectors]))
         with _timed(seconds, "compile"), torch.no_grad():
-            _, _, *kept = setup(*inputs.flat)
+            begin = compile_graph(setup, inputs.flat)
+            _, _, *kept = begin(*inputs.flat)
             forwards = _compile(product, kept, vectors[0])
             symmetric = Tag.symmetric in like.operator.tags
             backwards = forwards if symmetric else _compile(transposed, kept, vectors[1])
-        return cls(setup, forwards, backwards, _Run(*mixed), like.operator.tags, [_layout(value) for value in kept])
+        return cls(begin, forwards, backwards, _Run(*mixed), like.operator.tags, [layout(value) for value in kept])
 
     def at(self, inputs: _Inputs) -> Derivatives:
         """Run the setup."""
         with torch.no_grad():
             value, optimality, *kept = self.setup(*inputs.flat)
-        assert [_layout(tensor) for tensor in kept] == self.layout, (
+        assert [layout(tensor) for tensor in kept] == self.layouts, (
             "kept tensors are laid out as when they were compiled"
         )
         product, transposed, mixed = (part.bind(kept) for part in (self.product, self.transposed, self.mixed))
@@ -256,10 +255,6 @@ class _Program(NamedTuple):
             lambda v: product(v)[0], lambda v: transposed(v)[0], inputs.point, optimality, self.tags
         )
         return Derivatives(value, optimality, jacobian, lambda v: dict(zip(inputs.args, mixed(v), strict=True)))
-
-
-def _layout(tensor: Tensor) -> Any:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def _compare(found: Derivatives, reference: Derivatives) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -111,6 +113,10 @@ class SharedOperator(LinearOperator):
     def inner(self, u: Tensor, v: Tensor) -> Tensor:
         """The operator's inner product."""
         return self.operator.inner(u, v)
+
+    def fuse(self, function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Sequence[Tensor]]:
+        """As the operator does."""
+        return self.operator.fuse(function)
 
 
 def damped(operator: LinearOperator, damping: float | Tensor) -> LinearOperator:

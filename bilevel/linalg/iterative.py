@@ -76,7 +76,8 @@ class IterativeSolver(LinearSolver):
 
     def facts(self, steps: Sequence[Any]) -> Facts:
         """The facts of steps in a row, `(steps, *batch)`: once for many, since each costs more than it weighs."""
-        return Facts(*(None if column[0] is None else torch.stack(column) for column in zip(*steps, strict=True)))
+        stacked: list[Any] = [None if column[0] is None else torch.stack(column) for column in zip(*steps, strict=True)]
+        return Facts(*stacked)
 
     def replace_residual(self, memory: Any, residual: Tensor) -> Any:
         """Put the true residual in the place of the recursive one, keeping the directions; for methods that can."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from enum import Enum
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -55,6 +57,10 @@ class LinearOperator(ABC):
         A sharded operator sums it over its shards, and every solver then works on sharded vectors unchanged.
         """
         return torch.linalg.vecdot(u, v)
+
+    def fuse(self, function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Sequence[Tensor]]:
+        """How a solver runs vector arithmetic, `function(inner, *tensors)`: as it is written; compiled operators compile it."""
+        return partial(function, self.inner)
 
     def __add__(self, other: LinearOperator) -> LinearOperator:
         """The sum `A + B`."""

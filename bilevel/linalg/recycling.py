@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -55,6 +56,10 @@ class WatchedOperator(LinearOperator):
     def inner(self, u: Tensor, v: Tensor) -> Tensor:
         """The operator's inner product."""
         return self.operator.inner(u, v)
+
+    def fuse(self, function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Sequence[Tensor]]:
+        """As the operator does."""
+        return self.operator.fuse(function)
 
     def remembered(self) -> tuple[Tensor, Tensor]:
         """The vectors and their products, `(*batch, k, n)`."""

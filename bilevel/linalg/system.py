@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -56,6 +57,10 @@ class System:
     def inner(self, u: Tensor, v: Tensor) -> Tensor:
         """Inner product of each system."""
         return self.operator.inner(u, v)
+
+    def fuse(self, function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Sequence[Tensor]]:
+        """A function of the inner product and of tensors as one of the tensors, in the operator's way of running it."""
+        return self.operator.fuse(function)
 
     def norm(self, vector: Tensor) -> Tensor:
         """Norm of each system's vector."""

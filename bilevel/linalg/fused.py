@@ -1,0 +1,69 @@
+"""Vector arithmetic of solvers, compiled into one call: what is left of a small problem once its products are compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.linalg.tracing import Untraceable, trace
+
+Arithmetic = Callable[..., tuple[Tensor, ...]]  # (inner, *tensors) -> tensors
+
+# The graph is traced already, so `torch._inductor.compile` serves; `torch.compile` would put guards before every call,
+# a fifth of a small product. What it would guard is known: sizes and strides are part of a program's key. Without the
+# pattern matcher, sums of matrix products join the elementwise kernels beside them; with it they become `addmm`, which
+# copies the summand first.
+OPTIONS = {"cpp_wrapper": True, "pattern_matcher": False, "size_asserts": False, "alignment_asserts": False}
+
+
+def compile_graph(graph: torch.fx.GraphModule, example: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+    """A traced graph as machine code for inputs that are laid out as the example."""
+    arguments: list[Any] = list(example)
+    compiled: Callable[..., Sequence[Tensor]] = torch._inductor.compile(graph, arguments, options=OPTIONS)
+    return compiled
+
+
+def layout(tensor: Tensor) -> Any:
+    """All that compiled code relies on."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+class Fused:
+    """Arithmetic that is compiled when it is first called with tensors of a layout; run as written where that fails.
+
+    Args:
+        function: of tensors, without side effects.
+    """
+
+    def __init__(self, function: Callable[..., Sequence[Tensor]]) -> None:
+        """Nothing is compiled yet."""
+        self.function = function
+        self._programs: dict[Any, Callable[..., Sequence[Tensor]]] = {}
+
+    def __call__(self, *tensors: Tensor) -> Sequence[Tensor]:
+        """The function's results."""
+        key = tuple(map(layout, tensors))
+        program = self._programs.get(key)
+        if program is None:
+            program = self._programs[key] = self._compiled(tensors)
+        return program(*tensors)
+
+    def _compiled(self, tensors: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+        examples = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in tensors]
+        try:
+            with torch.no_grad():
+                return compile_graph(trace(self.function, examples), examples)
+        except Untraceable:
+            return self.function
+        except Exception:  # of any kind, from a missing C++ compiler on: what it would have saved is time only
+            return self.function
+
+
+@cache
+def fused(function: Arithmetic) -> Fused:
+    """A solver's arithmetic with the plain inner product; compiled once in a process for each layout."""
+    return Fused(partial(function, torch.linalg.vecdot))
