@@ -35,6 +35,7 @@ bench: $(STAMP) ## the benchmarks; peers take part when the extra `peers` is ins
 	$(PYTHON) -m benchmarks.operators
 	$(PYTHON) -m benchmarks.hypergradient
 	$(PYTHON) -m benchmarks.memory
+	$(PYTHON) -m benchmarks.devices
 	$(PYTHON) -m benchmarks.compiled
 	$(PYTHON) -m benchmarks.overhead
 	$(PYTHON) -m benchmarks.error_estimate

@@ -65,15 +65,22 @@ class Claim:
         return f"claim {self.name}: {figure}(target {bound} {self.target:.3g}): {verdict}"
 
 
-def parse(description: str, argv: Sequence[str] | None = None, *, device: bool = True) -> argparse.Namespace:
+def parse(
+    description: str,
+    argv: Sequence[str] | None = None,
+    *,
+    device: bool = True,
+    parents: Sequence[argparse.ArgumentParser] = (),
+) -> argparse.Namespace:
     """The options that all benchmarks have.
 
     Args:
         description: the first line of the help.
         argv: arguments instead of the command line's.
         device: whether the benchmark can run elsewhere than on the CPU.
+        parents: parsers of options that a benchmark has besides.
     """
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description=description, parents=list(parents))
     parser.add_argument("--quick", action="store_true", help="a smaller version for CI; claims are not judged")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write claims, rows and machine to FILE")
     if device:

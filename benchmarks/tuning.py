@@ -1,6 +1,8 @@
 """The experiment digits_mlp with nothing tuned beside its hand-tuned rivals, and a picture.
 
-    python -m benchmarks.tuning            (70 minutes on two cores: the tuning is what takes them)
+    python -m benchmarks.tuning            (two hours on two cores: the tuning, and telling equals apart, take them)
+
+`--runs FILE` keeps every finished run in a file, and takes from it those that an earlier command, cut short, has made.
 
 For the rivals the tuning is done here: conjugate gradient with a fixed number of steps K and a damping alpha added to the
 Hessian, and the Neumann series with K terms and step size alpha, both from zero in every outer step, as iMAML and the
@@ -8,7 +10,9 @@ hyperparameter papers run them. Problem, inner solver, outer optimiser, schedule
 experiment's, with one difference in favour of the rivals: their inner problems are always solved to its tolerance.
 
 Every run starts from random weights, and the figures of a setting are means over several. All settings are tried on a few
-starts, the best ones of each rival on some more, and the best one of those is judged on starts that nothing was chosen by.
+starts, the best ones of each rival on some more, and the best one of those is judged on starts that nothing was chosen by:
+on 128 the rival that comes out best before, since a loss scatters by a sixth from start to start and a mean of 32 would
+not tell 5 % from nothing, and on 32 the other one.
 There each start is a pair: the loss of the one over the loss of the other, from the same weights. Settings that are equally
 good differ by chance in every figure, so the claims are about the 95 % interval of the mean (geometric) ratio: that it
 reaches down to 1 (the other is not better by more than chance) and that it ends below 1.05 (enough starts to say so).
@@ -16,12 +20,15 @@ reaches down to 1 (the other is not better by more than chance) and that it ends
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 import warnings
+from argparse import ArgumentParser
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import product
 from math import exp, log
 from multiprocessing import get_context
@@ -34,7 +41,7 @@ from torch import Tensor
 
 from benchmarks.common import Claim, Row, experiment_parts, finish, parse, table
 from bilevel import fit
-from bilevel.errors import ConvergenceWarning
+from bilevel.errors import ConvergenceWarning, UsageError
 from bilevel.hypergradient import HypergradientMethod, Implicit
 from bilevel.hypergradient.negative_curvature import Handled, NegativeCurvature, System
 from bilevel.linalg import ConjugateGradient, LinearOperator, LinearSolver, NeumannSeries, damped
@@ -46,7 +53,8 @@ STEPS = {CG: (10, 20, 50, 100, 200), NEUMANN: (50, 200, 1000)}
 ALPHAS = {CG: (0.0, 1e-5, 1e-4, 1e-3), NEUMANN: (1.0, 0.3)}
 TRIED = range(10, 14)  # starts that every setting is tried on
 FINALS, FINALISTS = range(14, 22), 3  # further starts for the best few settings of each rival
-JUDGED = range(100, 132)  # starts that nothing was chosen by
+JUDGED = range(100, 228)  # starts that nothing was chosen by
+FEWER = 32  # of them, for the rival that is not the better one
 SHARE = 0.5  # of the products of the best setting
 MARGIN = 1.05  # ratio of two losses below which they count as the same
 
@@ -166,26 +174,74 @@ class Runs:
     Args:
         pool: makes them.
         keys: changes of the experiment, as on its command line.
+        file: where finished runs are kept, a line each, and taken from; None for nowhere.
+
+    Raises:
+        UsageError: the file holds runs of other code or other keys.
     """
 
-    def __init__(self, pool: Executor, keys: tuple[str, ...] = ()) -> None:
-        """Nothing has run yet."""
-        self.pool, self.keys = pool, keys
-        self.rows: list[Row] = []
+    def __init__(self, pool: Executor, keys: tuple[str, ...] = (), file: Path | None = None) -> None:
+        """Take what the file holds."""
+        self.pool, self.keys, self.file = pool, keys, file
+        self.made: dict[tuple[Setting, int], Row] = {}
+        if file is None:
+            return
+        head = {"code": fingerprint(), "keys": list(keys)}
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(head) + "\n")
+            return
+        first, *lines = file.read_text().splitlines()
+        if json.loads(first) != head:
+            raise UsageError(f"{file} holds runs of other code or of other keys: give the name of a new file.")
+        for line in lines:
+            row = json.loads(line)
+            self.made[setting_of(row), row["seed"]] = row
 
-    def make(self, settings: Sequence[Setting], seeds: Iterable[int], title: str) -> list[Mean]:
-        """Run each setting from each start and print its line; returns the means over all of its starts so far, best first."""
+    @property
+    def rows(self) -> list[Row]:
+        """In the order in which they were made."""
+        return list(self.made.values())
+
+    def make(
+        self, settings: Sequence[Setting], seeds: Iterable[int], title: str, starts: Iterable[int] = ()
+    ) -> list[Mean]:
+        """Run each setting from each start that it has not run from, and print its line.
+
+        Args:
+            settings: to run.
+            seeds: of the starts.
+            title: of the lines.
+            starts: further ones that the means are over, which have been made before.
+
+        Returns:
+            The means, best first.
+        """
         print(f"\n{title}", flush=True)
-        tasks, means = [(setting, seed, self.keys) for seed in seeds for setting in settings], []
+        seeds = list(seeds)
+        tasks = [(one, seed, self.keys) for seed in seeds for one in settings if (one, seed) not in self.made]
         for number, row in enumerate(self.pool.map(outer_run, tasks), start=1):
-            self.rows.append(row)
+            self.made[setting_of(row), row["seed"]] = row
+            if self.file is not None:
+                with self.file.open("a") as lines:
+                    lines.write(json.dumps(row) + "\n")
             print(f"run {number} of {len(tasks)}", end="\r", file=sys.stderr, flush=True)
-        for setting in settings:
-            own = [row for row in self.rows if Setting(row["method"], row["K"], row["alpha"]) == setting]
-            means.append(Mean(setting, tuple(own)))
+        means = [Mean(one, tuple(self.made[one, seed] for seed in (*starts, *seeds))) for one in settings]
         means.sort(key=lambda mean: (mean.setting.method != AUTO, mean.setting.method, mean.of("validation loss")))
         print(table([mean.row for mean in means]), flush=True)
         return means
+
+
+def setting_of(row: Row) -> Setting:
+    """Of a run."""
+    return Setting(row["method"], row["K"], row["alpha"])
+
+
+def fingerprint() -> str:
+    """Of everything that a run depends on: the library, the configuration, this file and torch's version."""
+    root = Path(__file__).parent.parent
+    files = sorted([*root.glob("bilevel/**/*.py"), *root.glob("conf/**/*.yaml"), Path(__file__)])
+    return sha256(b"".join([torch.__version__.encode(), *(file.read_bytes() for file in files)])).hexdigest()
 
 
 def best(means: Iterable[Mean], method: str, number: int) -> list[Setting]:
@@ -202,17 +258,19 @@ def tune(runs: Runs, grid: Sequence[Setting], starts: Sequence[Sequence[int]]) -
     rivals = list(dict.fromkeys(setting.method for setting in grid))
     tried = runs.make(grid, starts[0], f"every setting, {len(starts[0])} starts")
     finalists = [setting for method in rivals for setting in best(tried, method, FINALISTS)]
-    finals = runs.make(finalists, starts[1], f"the best of them, {len(starts[1])} starts more")
-    winners = [Setting(AUTO), *(setting for method in rivals for setting in best(finals, method, 1))]
-    fresh = Runs(runs.pool, runs.keys)
-    judged = fresh.make(winners, starts[2], f"the best one of each beside {AUTO}, {len(starts[2])} other starts")
-    runs.rows += fresh.rows
+    finals = runs.make(finalists, starts[1], f"the best of them, {len(starts[1])} starts more", starts[0])
+    winners = [setting for method in rivals for setting in best(finals, method, 1)]
+    losses = {mean.setting: mean.of("validation loss") for mean in finals}
+    first = min(winners, key=losses.__getitem__)
+    judged = runs.make([Setting(AUTO), first], starts[2], f"the best one beside {AUTO}, {len(starts[2])} other starts")
+    others, fewer = [one for one in winners if one != first], starts[2][:FEWER]
+    judged += runs.make(others, fewer, f"the best one of each other rival, {len(fewer)} of these starts")
     return tried, judged
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Validation losses of two settings from the same starts, and the 95 % interval of their mean ratio.
+    """Validation losses of two settings from the starts of the second, and the 95 % interval of their mean ratio.
 
     Attributes:
         one: the numerator.
@@ -227,12 +285,12 @@ class Pairs:
         """Geometric mean of the ratios and the ends of its interval, by Student's t for the mean of their logarithms.
 
         Raises:
-            ValueError: the two did not run from the same starts, or from one only.
+            ValueError: the first did not run from all starts of the other, or there is only one.
         """
         losses = [{run["seed"]: run["validation loss"] for run in mean.runs} for mean in (self.one, self.other)]
-        if losses[0].keys() != losses[1].keys() or len(losses[0]) < 2:
+        if not losses[1].keys() <= losses[0].keys() or len(losses[1]) < 2:
             raise ValueError(f"paired starts, two or more: got {sorted(losses[0])} and {sorted(losses[1])}")
-        logs = [log(losses[0][seed] / losses[1][seed]) for seed in losses[0]]
+        logs = [log(losses[0][seed] / losses[1][seed]) for seed in losses[1]]
         test = stats.ttest_1samp(logs, 0.0).confidence_interval(0.95)
         return exp(statistics.fmean(logs)), exp(test.low), exp(test.high)
 
@@ -297,7 +355,11 @@ def draw(tried: Iterable[Mean], judged: Iterable[Mean], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Sweep, average, compare."""
-    options = parse(str(__doc__).splitlines()[0], argv, device=False)
+    words = ArgumentParser(add_help=False)
+    words.add_argument(
+        "--runs", type=Path, metavar="FILE", help="keep finished runs in FILE, and take those that it holds"
+    )
+    options = parse(str(__doc__).splitlines()[0], argv, device=False, parents=[words])
     grid = [Setting(method, *pair) for method in (CG, NEUMANN) for pair in product(STEPS[method], ALPHAS[method])]
     starts: tuple[Sequence[int], ...] = (TRIED, FINALS, JUDGED)
     keys: tuple[str, ...] = ()
@@ -308,7 +370,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         keys = ("trainer.num_steps=2",)
     with ProcessPoolExecutor(1 if options.quick else 2, mp_context=get_context("spawn")) as pool:
-        runs = Runs(pool, keys)
+        runs = Runs(pool, keys, options.runs)
         tried, judged = tune(runs, grid, starts)
     compared = compare(judged)
     print(f"\n{AUTO} over the best one of each, start by start\n{table(compared)}")

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.common import Claim, finish, interleaved, machine, parse, table
-from benchmarks.tuning import AUTO, CG, Mean, Setting, claims_of, compare
+from benchmarks.tuning import AUTO, CG, FEWER, Mean, Runs, Setting, claims_of, compare, tune
+from bilevel.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -185,3 +186,50 @@ def test_a_ratio_needs_the_same_starts():
     one, other = mean(Setting(AUTO), SPREAD, 1), mean(RIVAL, SPREAD, 1, first=1)
     with pytest.raises(ValueError, match="paired starts"):
         compare([one, other])
+
+
+class Pool:
+    """Makes runs at once, with figures that are made up, and fails after so many."""
+
+    def __init__(self, limit=10**6):
+        self.tasks, self.limit = [], limit
+
+    def map(self, function, tasks):
+        for setting, seed, _ in tasks:
+            if len(self.tasks) == self.limit:
+                raise KeyboardInterrupt
+            self.tasks.append((setting, seed))
+            loss = 1.0 if setting.method == AUTO else 1.0 + 0.1 * (setting.num_steps or 0) + 0.001 * seed
+            yield {
+                "method": setting.method, "K": setting.num_steps, "alpha": setting.alpha, "seed": seed,
+                "validation loss": loss, "test loss": 0.0, "products": 10, "inner gradients": 5,
+            }  # fmt: skip
+
+
+GRID = [Setting(method, steps, 0.0) for method in (CG, "Neumann series") for steps in (3, 1, 2, 4)]
+STARTS = (range(0, 2), range(2, 4), range(10, 50))
+
+
+def test_tuning_tries_chooses_and_judges_on_starts_that_nothing_was_chosen_by():
+    pool = Pool()
+    tried, judged = tune(Runs(pool), GRID, STARTS)
+    assert len(tried) == 8 and [mean.setting.method for mean in judged] == [AUTO, CG, "Neumann series"]
+    assert [mean.setting.num_steps for mean in judged] == [None, 1, 1]
+    assert [len(mean.runs) for mean in judged] == [40, 40, FEWER]
+    assert len(pool.tasks) == 8 * 2 + 6 * 2 + 40 + 40 + FEWER == len(set(pool.tasks))
+    assert [row["loss ratio"] < 1 for row in compare(judged)] == [True, True]
+
+
+def test_tuning_that_was_cut_short_goes_on_from_its_file(tmp_path):
+    file, pool = tmp_path / "runs.jsonl", Pool(limit=50)
+    with pytest.raises(KeyboardInterrupt):
+        tune(Runs(pool, file=file), GRID, STARTS)
+    again = Pool()
+    found = tune(Runs(again, file=file), GRID, STARTS)
+    assert found == tune(Runs(Pool()), GRID, STARTS)
+    assert not set(pool.tasks) & set(again.tasks) and len(pool.tasks) + len(again.tasks) == 16 + 12 + 80 + FEWER
+    with pytest.raises(UsageError, match="holds runs of other code or of other keys"):
+        Runs(Pool(), ("seed=1",), file)
+    file.write_text(file.read_text().replace('"code": "', '"code": "0'))
+    with pytest.raises(UsageError, match="holds runs of other code"):
+        Runs(Pool(), file=file)

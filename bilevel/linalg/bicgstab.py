@@ -106,7 +106,7 @@ class BiCGStab(IterativeSolver):
         status = torch.where(stuck, Result.breakdown.code, full_codes(Result.running, rho.shape, rho.device))
         memory = _Memory(y, new, shadow, direction, rho, alpha, coefficients[-1])
         facts = Facts(gain, status, peak=torch.maximum(peak, estimate))
-        return _renew(system, memory, estimate), Progress(estimate, facts, stuck)
+        return _renew(system, memory, estimate), Progress(estimate, facts)
 
     def correction(self, system: System, memory: _Memory) -> Tensor:
         """The iterate."""

@@ -76,17 +76,15 @@ class ConjugateGradient(IterativeSolver):
     def step(self, system: System, memory: _Memory) -> tuple[_Memory, Progress]:
         """Minimise the A-norm of the error along the direction, then conjugate."""
         x, residual, direction, rho = memory
-        product = system.mv(direction)
+        state = (x, residual, direction, system.mv(direction), rho, system.bound)
+        image = None
         if system.preconditioner is None:
-            x, residual, direction, *scalars = system.fuse(_plain)(x, residual, direction, product, rho)
-            curvature, square, new_rho, estimate, alarm = scalars
-            image = None
+            x, residual, direction, curvature, square, new_rho, estimate, event = system.fuse(_plain)(*state)
         else:
-            x, residual, *scalars = system.fuse(_descend)(x, residual, direction, product, rho)
-            curvature, square, image, estimate, alarm = scalars
+            x, residual, curvature, square, image, estimate, event = system.fuse(_descend)(*state)
             direction, new_rho = system.fuse(_turn)(residual, system.precondition(residual), direction, rho)
         seen = _Scalars(curvature, square, image, rho, new_rho)
-        return _Memory(x, residual, direction, new_rho), Progress(estimate, seen, alarm)
+        return _Memory(x, residual, direction, new_rho), Progress(estimate, seen, event)
 
     def facts(self, steps: Sequence[_Scalars]) -> Facts:
         """Curvature, and a lower estimate of the operator's norm."""
@@ -119,38 +117,44 @@ class ConjugateGradient(IterativeSolver):
 
 
 # In small problems the scalars of a step cost as much as its product, so there are as few of them as can be. A quotient is
-# zero where its system is done (`rho = 0`) or must not move (no positive curvature), which is told as an alarm.
+# zero where its system is done (`rho = 0`) or must not move (no positive curvature), which is an event.
 
 
 def _plain(
-    inner: Inner, x: Tensor, residual: Tensor, direction: Tensor, product: Tensor, rho: Tensor
+    inner: Inner, x: Tensor, residual: Tensor, direction: Tensor, product: Tensor, rho: Tensor, bound: Tensor
 ) -> tuple[Tensor, ...]:
     """The step without a preconditioner."""
-    x, residual, curvature, square, alarm = _move(inner, x, residual, direction, product, rho)
+    x, residual, curvature, square = _move(inner, x, residual, direction, product, rho)
     direction, new_rho = _turn(inner, residual, residual, direction, rho)
-    return x, residual, direction, curvature, square, new_rho, new_rho.sqrt(), alarm
+    estimate = new_rho.sqrt()
+    return x, residual, direction, curvature, square, new_rho, estimate, _event(curvature, rho, estimate, bound)
 
 
 def _descend(
-    inner: Inner, x: Tensor, residual: Tensor, direction: Tensor, product: Tensor, rho: Tensor
+    inner: Inner, x: Tensor, residual: Tensor, direction: Tensor, product: Tensor, rho: Tensor, bound: Tensor
 ) -> tuple[Tensor, ...]:
     """The part of a step before the preconditioner, with the norms that only the other way gets for nothing."""
-    x, residual, curvature, square, alarm = _move(inner, x, residual, direction, product, rho)
-    return x, residual, curvature, square, inner(product, product), inner(residual, residual).sqrt(), alarm
+    x, residual, curvature, square = _move(inner, x, residual, direction, product, rho)
+    estimate = inner(residual, residual).sqrt()
+    return x, residual, curvature, square, inner(product, product), estimate, _event(curvature, rho, estimate, bound)
 
 
 def _move(
     inner: Inner, x: Tensor, residual: Tensor, direction: Tensor, product: Tensor, rho: Tensor
 ) -> tuple[Tensor, ...]:
     curvature, square = inner(direction, product), inner(direction, direction)
-    flat = curvature <= 0
-    length = columns((rho / curvature).masked_fill_(flat, 0.0))
+    length = columns((rho / curvature).masked_fill_(curvature <= 0, 0.0))
     x = torch.addcmul(x, length, direction)
     residual = torch.addcmul(residual, length, product, value=-1)
-    return x, residual, curvature, square, flat & (rho != 0)
+    return x, residual, curvature, square
 
 
 def _turn(inner: Inner, residual: Tensor, preconditioned: Tensor, direction: Tensor, rho: Tensor) -> tuple[Tensor, ...]:
     new_rho = inner(residual, preconditioned)
     beta = (new_rho / rho).masked_fill_(rho == 0, 0.0)
     return torch.addcmul(preconditioned, columns(beta), direction), new_rho
+
+
+def _event(curvature: Tensor, rho: Tensor, estimate: Tensor, bound: Tensor) -> Tensor:
+    """Negative curvature, a claim, or what is not finite, none of which NaN escapes."""
+    return ~((estimate > bound) & (estimate < torch.inf) & ((curvature > 0) | (rho == 0)))

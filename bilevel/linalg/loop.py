@@ -140,7 +140,7 @@ class Loop:
 
     def _claims(self, progress: Progress) -> Tensor:
         """Which systems are done if the recurrence is right."""
-        claim = progress.estimate <= self.bound
+        claim = progress.estimate <= self.system.bound
         if progress.optimal is not None and self.tolerance is not None:
             claim = claim | (progress.optimal <= self._optimality() * self.gain)
         return claim
@@ -151,9 +151,9 @@ class Loop:
         Half the floor: a claim just below it would often be refuted by rounding, and cost the method its directions.
         """
         if self.tolerance is None:
-            self.bound = torch.full_like(self.scale, -1.0)
+            self.system.bound = torch.full_like(self.scale, -1.0)
         else:
-            self.bound = torch.maximum(self.tolerance, 0.5 * self._attainable(self.best))
+            self.system.bound = torch.maximum(self.tolerance, 0.5 * self._attainable(self.best))
 
     def _is_refresh(self, number: int) -> bool:
         return self.tolerance is not None and number % CHECK_PERIOD == 0
@@ -164,8 +164,10 @@ class Loop:
             return True
         if progress.optimal is not None:
             self._take_stock()  # its claims go by the operator's norm
-        alarm = progress.facts.status != Result.running.code if progress.alarm is None else progress.alarm
-        event = alarm | self._claims(progress) | ~(progress.estimate < torch.inf)  # NaN is not below it, either
+        event = progress.event
+        if event is None:
+            event = (progress.facts.status != Result.running.code) | self._claims(progress)
+            event = event | ~(progress.estimate < torch.inf)  # NaN is not below it, either
         if not self.everyone:
             event = event & self.running
         return bool(event.any() if event.ndim else event)

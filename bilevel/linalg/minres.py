@@ -110,7 +110,7 @@ class MINRES(IterativeSolver):
             delta_bar=-m.cosine * beta, epsilon=m.sine * beta, phi_bar=phi_bar,
             scale=scale,
         )  # fmt: skip
-        return memory, Progress(system.norm(residual), Facts(gain, status, rayleigh), singular)
+        return memory, Progress(system.norm(residual), Facts(gain, status, rayleigh))
 
     def correction(self, system: System, memory: _Memory) -> Tensor:
         """The iterate."""

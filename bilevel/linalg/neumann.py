@@ -137,9 +137,8 @@ class NeumannSeries(IterativeSolver):
         symmetric = Tag.symmetric in system.operator.tags and system.preconditioner is None
         diverged = num_growing >= (1 if symmetric else PATIENCE)
         status = torch.where(diverged, Result.diverged.code, Result.running.code)
-        return _Memory(x, residual, estimate, num_growing, step_size), Progress(
-            estimate, Facts(gain, status, rayleigh), diverged
-        )
+        memory = _Memory(x, residual, estimate, num_growing, step_size)
+        return memory, Progress(estimate, Facts(gain, status, rayleigh))
 
     def correction(self, system: System, memory: _Memory) -> Tensor:
         """The partial sum."""

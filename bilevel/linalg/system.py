@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -34,11 +34,13 @@ class System:
         operator: `A`.
         preconditioner: approximates the inverse of `A`.
         spent: products made and not yet charged to a system.
+        bound: the residual norm of each system at which it claims to be done; below 0 for none. The loop sets it.
     """
 
     operator: LinearOperator
     preconditioner: LinearOperator | None = None
     spent: int = 0
+    bound: Tensor = field(default_factory=lambda: torch.tensor(-1.0))
 
     def mv(self, vector: Tensor) -> Tensor:
         """`A v`."""
@@ -89,13 +91,14 @@ class Progress(NamedTuple):
     Attributes:
         estimate: norm of the residual as the recurrence has it.
         facts: what is looked at from time to time only: `Facts`, or whatever the solver's `facts` makes those of.
-        alarm: where the status may not be `running`; None where it has to be looked at.
+        event: where the loop has to look closer, if the step has worked that out: the status is not `running`, the estimate is
+            at most `System.bound`, or it is not finite. None leaves that to the loop.
         optimal: norm of `A^T r` over the norm of `r` (least squares only).
     """
 
     estimate: Tensor
     facts: Any
-    alarm: Tensor | None = None
+    event: Tensor | None = None
     optimal: Tensor | None = None
 
 
