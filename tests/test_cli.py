@@ -243,13 +243,20 @@ HEAVY = {"torch", "wandb", "matplotlib", "sklearn", "numpy"}
 
 
 def at_once(words: list[str], tiny: Tiny) -> tuple[int, str, str]:
-    """Runs `python -m bilevel ...` as a user does; fails when it takes a second or imports a heavy package."""
-    front, wall = ["-m", "bilevel"], []
-    while not wall or (min(wall) >= 1.0 and len(wall) < 3):  # the least of three: other jobs may hold the machine
+    """Runs `python -m bilevel ...` as a user does; fails when it takes a second or imports a heavy package.
+
+    On a slow or busy machine the second is that of a usual one, on which to import Hydra takes a quarter of it.
+    """
+    front, wall, limits = ["-m", "bilevel"], [], [1.0]
+    while not wall or (min(wall) >= max(limits) and len(wall) < 3):
         start = time.perf_counter()
         done = run_front(front, words, tiny)
         wall.append(time.perf_counter() - start)
-    assert min(wall) < 1.0, wall
+        if wall[-1] >= 1.0:
+            start = time.perf_counter()
+            run_front(["-c", "import hydra.compose, hydra.utils"], [], tiny)
+            limits.append(4 * (time.perf_counter() - start))
+    assert min(wall) < max(limits), (wall, limits)
     told = run_front(["-X", "importtime", *front], words, tiny).stderr
     imported = {line.rpartition("|")[2].strip() for line in told.splitlines() if line.startswith("import time:")}
     assert "bilevel.cli.main" in imported

@@ -12,6 +12,28 @@ from bilevel.linalg.operator import POSITIVE_DEFINITE, LinearOperator
 from bilevel.linalg.system import columns
 
 
+class Room:
+    """Rows of a growing list with spare ones behind them, shared by the lists that have grown from it.
+
+    A list that ends where the room is filled to grows in place; one whose next row another list has taken is copied first.
+    So lists are values, and a row costs a few rows instead of a copy of all.
+
+    Args:
+        rows: the beginning, `(m, *shape)`.
+        capacity: number of rows there is room for.
+    """
+
+    def __init__(self, rows: Tensor, capacity: int) -> None:
+        """Copy the beginning."""
+        self.rows, self.filled = rows.new_empty(capacity, *rows.shape[1:]), len(rows)
+        self.rows[: self.filled] = rows
+
+    def append(self, row: Tensor) -> None:
+        """Fill one more."""
+        self.rows[self.filled] = row
+        self.filled += 1
+
+
 class Pairs(NamedTuple):
     """Curvature pairs, oldest first, with their inner products, which are made once for each new pair.
 
@@ -20,12 +42,14 @@ class Pairs(NamedTuple):
         changes: `y`, differences of the gradient, likewise.
         products: `s_i' y_j` for `i <= j`, `(*batch, m, m)`; what is below the diagonal does not count.
         lengths: `y_i' y_i`, `(*batch, m)`.
+        rooms: where steps and changes lie, and the number of rows up to their ends; None where they lie alone.
     """
 
     steps: Tensor
     changes: Tensor
     products: Tensor
     lengths: Tensor
+    rooms: tuple[Room, Room, int] | None = None
 
     @classmethod
     def none(cls, like: Tensor) -> Pairs:
@@ -43,13 +67,27 @@ class Pairs(NamedTuple):
     def append(self, step: Tensor, change: Tensor, size: int) -> Pairs:
         """With one more, `(*batch, n)` each, and without the oldest where there would be more than `size`."""
         kept = slice(max(len(self.steps) + 1 - size, 0), None)
-        steps, changes = torch.cat([self.steps[kept], step[None]]), torch.cat([self.changes[kept], change[None]])
+        first, second, end = self._room(kept, size)
+        first.append(step)
+        second.append(change)
+        begin = end - len(self.steps[kept])
+        steps, changes = first.rows[begin : end + 1], second.rows[begin : end + 1]
         column = (steps.movedim(0, -2) @ change.unsqueeze(-1)).squeeze(-1)  # the new row is below the diagonal
         products = torch.nn.functional.pad(self.products[..., kept, kept], (0, 0, 0, 1))
         products = torch.cat([products, column.unsqueeze(-1)], -1)
         length = torch.linalg.vecdot(change, change).unsqueeze(-1)
         lengths = torch.cat([self.lengths[..., kept], length], -1)
-        return Pairs(steps, changes, products, lengths)
+        return Pairs(steps, changes, products, lengths, (first, second, end + 1))
+
+    def _room(self, kept: slice, size: int) -> tuple[Room, Room, int]:
+        """Where one more can be filled in behind these."""
+        if self.rooms is not None:
+            room, _, end = self.rooms
+            if room.filled == end < len(room.rows):
+                return self.rooms
+        capacity = size + size // 4 + 1
+        first, second = (Room(rows[kept], capacity) for rows in (self.steps, self.changes))
+        return first, second, first.filled
 
 
 class InverseBFGS(LinearOperator):

@@ -67,7 +67,7 @@ class LBFGS(InnerSolver):
         with torch.no_grad():
             start = Point(params, state["value"], state["gradient"])
             scale = 1.0 / row_norm(start.gradient).clamp(min=1.0)  # before there is a pair: a step of length 1 at most
-            pairs = Pairs(state["s"], state["y"], state["sy"], state["yy"])
+            pairs = Pairs(state["s"], state["y"], state["sy"], state["yy"], state["rooms"])
             like = IdentityOperator(params.shape[-1], params.shape[:-1], dtype=params.dtype, device=params.device)
             direction = -InverseBFGS(like, pairs, scale=scale).mv(start.gradient)
             end, moved, trials = search(loss, start, direction, hparams)
@@ -85,4 +85,4 @@ class LBFGS(InnerSolver):
 
 def _kept(pairs: Pairs) -> State:
     """The pairs' part of the state."""
-    return {"s": pairs.steps, "y": pairs.changes, "sy": pairs.products, "yy": pairs.lengths}
+    return {"s": pairs.steps, "y": pairs.changes, "sy": pairs.products, "yy": pairs.lengths, "rooms": pairs.rooms}
