@@ -84,7 +84,7 @@ def every_method(subject: Subject) -> dict[str, list[Point]]:
 
 
 def best_of(methods: Mapping[str, list[Point]]) -> Row:
-    """A row of the table, which informs: which method comes best_point, and for how many products."""
+    """A row of the table, which informs: which method comes nearest, and for how many products."""
     best = {name: best_point(points) for name, points in methods.items()}
     name = min(best, key=lambda one: (best[one].error, best[one].products))
     return Row(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.linalg.tracing import Untraceable, trace
+from bilevel.linalg.tracing import trace
 
 Arithmetic = Callable[..., tuple[Tensor, ...]]  # (inner, *tensors) -> tensors
 
@@ -57,8 +57,6 @@ class Fused:
         try:
             with torch.no_grad():
                 return compile_graph(trace(self.function, examples), examples)
-        except Untraceable:
-            return self.function
         except Exception:  # of any kind, from a missing C++ compiler on: what it would have saved is time only
             return self.function
 
