@@ -13,7 +13,8 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,17 @@ def interleaved(
                 end = time.perf_counter()
             seconds[name].append(end - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """So many threads for a single operation."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def experiment_parts(name: str, *keys: str) -> Parts:

@@ -191,9 +191,13 @@ class Runs:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(head) + "\n")
             return
-        first, *lines = file.read_text().splitlines()
-        if json.loads(first) != head:
+        text = file.read_text()
+        whole = text[: text.rfind("\n") + 1]  # without a line that was cut short while it was written
+        first, *lines = whole.splitlines() or [""]
+        if first != json.dumps(head):
             raise UsageError(f"{file} holds runs of other code or of other keys: give the name of a new file.")
+        if whole != text:
+            file.write_text(whole)
         for line in lines:
             row = json.loads(line)
             self.made[setting_of(row), row["seed"]] = row

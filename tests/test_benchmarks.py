@@ -224,6 +224,7 @@ def test_tuning_that_was_cut_short_goes_on_from_its_file(tmp_path):
     file, pool = tmp_path / "runs.jsonl", Pool(limit=50)
     with pytest.raises(KeyboardInterrupt):
         tune(Runs(pool, file=file), GRID, STARTS)
+    file.write_text(file.read_text() + '{"method": "conju')  # the power failed while a line was written
     again = Pool()
     found = tune(Runs(again, file=file), GRID, STARTS)
     assert found == tune(Runs(Pool()), GRID, STARTS)

@@ -608,3 +608,19 @@ def test_arithmetic_that_cannot_be_compiled_runs_as_written():
     assert by_value(torch.ones(2))[0].tolist() == [2.0, 2.0] and by_value(-torch.ones(2))[0].tolist() == [-2.0, -2.0]
     with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler"), "fx_graph_cache": False}):
         assert Fused(lambda x: (2 * x.sin() * x.cos(),))(torch.zeros(3))[0].tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("first", [(1.0, 2.0), (math.nan, math.inf)], ids=["numbers", "NaN and infinity"])
+@pytest.mark.parametrize("shift", [0.0, 1e-4])
+def test_the_first_results_of_compiled_arithmetic_are_compared(first, shift, monkeypatch):
+    def function(x):
+        return x + 1, x > 0
+
+    def program(x):
+        return x + 1 + shift, x > 0
+
+    monkeypatch.setattr("bilevel.linalg.fused.compile_graph", lambda graph, example: program)
+    arithmetic = Fused(function)
+    arithmetic(torch.tensor(first, dtype=torch.float64))
+    wrong = shift and math.isfinite(first[0])
+    assert list(arithmetic._programs.values()) == [function if wrong else program]

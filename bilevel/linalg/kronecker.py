@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from bilevel.linalg.operator import POSITIVE_DEFINITE, LinearOperator
@@ -36,7 +37,6 @@ class BlockKroneckerInverse(LinearOperator):
         diagonal: what the entries in no block are divided by, above 0, `(*batch, n)`.
 
     Example:
-        >>> import torch
         >>> from bilevel.linalg import IdentityOperator
         >>> eye, index = torch.eye(2), torch.tensor([[0, 2], [1, 3]])
         >>> block = KroneckerBlock(index, eye, eye, torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
@@ -45,19 +45,25 @@ class BlockKroneckerInverse(LinearOperator):
     """
 
     def __init__(self, like: LinearOperator, blocks: Sequence[KroneckerBlock], diagonal: Tensor) -> None:
-        """Keep them; see the class."""
+        """Put the entries in the order of the blocks, those in none of them last."""
         self.like, self.blocks, self.diagonal = like, tuple(blocks), diagonal
         self.shape, self.batch_shape = like.shape, like.batch_shape
         self.dtype, self.device, self.tags = like.dtype, like.device, POSITIVE_DEFINITE
+        places = [block.index.flatten() for block in self.blocks]
+        alone = torch.ones(like.shape[0], dtype=torch.bool, device=like.device)
+        for place in places:
+            alone[place] = False
+        places.append(alone.nonzero().squeeze(-1))
+        self.sizes = [len(place) for place in places]
+        self.order = torch.cat(places)
+        self.back = self.order.argsort()
+        self.rest = diagonal[..., places[-1]]
 
     def mv(self, vector: Tensor) -> Tensor:
         """The product: four small matrix products a block."""
-        result = vector / self.diagonal
-        for block in self.blocks:
-            matrix = block.left.mT @ vector[..., block.index] @ block.right  # (*batch, p, q)
-            matrix = block.left @ (matrix / block.values) @ block.right.mT
-            result[..., block.index.flatten()] = matrix.flatten(-2)
-        return result
+        *parts, rest = vector.index_select(-1, self.order).split(self.sizes, -1)
+        results = [_solve(block, part) for block, part in zip(self.blocks, parts, strict=True)]
+        return torch.cat([*results, rest / self.rest], -1).index_select(-1, self.back)
 
     def transpose(self) -> LinearOperator:
         """Itself."""
@@ -66,3 +72,9 @@ class BlockKroneckerInverse(LinearOperator):
     def inner(self, u: Tensor, v: Tensor) -> Tensor:
         """The inner product that was taken over."""
         return self.like.inner(u, v)
+
+
+def _solve(block: KroneckerBlock, entries: Tensor) -> Tensor:
+    """The inverse on a block's entries, `(..., p q)`."""
+    matrix = block.left.mT @ entries.unflatten(-1, block.index.shape) @ block.right  # (..., p, q)
+    return (block.left @ (matrix / block.values) @ block.right.mT).flatten(-2)
