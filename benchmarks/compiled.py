@@ -72,7 +72,9 @@ class Case:
         flat = FlatProblem.of(problem, decay)
         point = flat.start(decay)
         noise = torch.randn(point.shape, generator=torch.Generator().manual_seed(0)).to(point)
-        return cls(f"digits_mlp, {str(dtype).removeprefix('torch.')}, 1 thread", inner_loss(flat), point + 0.01 * noise, decay)
+        return cls(
+            f"digits_mlp, {str(dtype).removeprefix('torch.')}, 1 thread", inner_loss(flat), point + 0.01 * noise, decay
+        )
 
     @classmethod
     def of_network(cls, network: Network) -> Case:
