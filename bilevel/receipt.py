@@ -21,9 +21,11 @@ class Receipt:
         inner_gradients: gradients of the inner loss it took (of all tasks at once).
         inner_products: Hessian-vector products inside the inner solver.
         inner_result: name of the `InnerResult`.
-        linear_residual: residual norm of the linear system over that of its right-hand side, the largest over tasks.
+        linear_residual: residual norm of the linear system over that of its right-hand side, the largest over tasks; where
+            the Hessian is damped, with what that leaves.
         num_mv: matrix-vector products of the linear solve, the largest over tasks.
         setup_mv: products that the preconditioner was built with.
+        damping: what was added to the diagonal of the inner Hessian.
         linear_method: the solvers that were used, where `linear_solver=auto` has chosen; empty elsewhere.
         linear_result: name of the `Result`, the worst over tasks.
         curvature_min: smallest Rayleigh quotient of the inner Hessian seen by the linear solver.
@@ -46,6 +48,7 @@ class Receipt:
     linear_residual: float = math.nan
     num_mv: int = 0
     setup_mv: int = 0
+    damping: float = 0.0
     linear_method: str = ""
     linear_result: str | None = None
     curvature_min: float = math.nan

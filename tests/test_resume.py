@@ -244,7 +244,11 @@ def go_traced(directory, injector):
         sys.settrace(before)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+class Planted(Exception):
+    """An error that nobody knows, or makes another one of."""
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Planted])
 def test_an_exception_at_any_line_leaves_a_run_that_goes_on_exactly(error, tmp_path, uninterrupted):
     counter = Injector(error, at=0)
     go_traced(tmp_path / "counted", counter)

@@ -1,6 +1,7 @@
 """Hypergradient methods: one file a method, all with the contract of `method.py`."""
 
 from bilevel.hypergradient.accuracy import Accuracy, AdaptiveAccuracy, DecreasingAccuracy, FixedAccuracy
+from bilevel.hypergradient.damping import AdaptiveDamping, Damping, NoDamping
 from bilevel.hypergradient.error_estimate import ErrorEstimate, ErrorEstimator
 from bilevel.hypergradient.evaluate import Evaluation, default_solver, hypergradient_at
 from bilevel.hypergradient.finite_difference import FiniteDifference
@@ -17,6 +18,8 @@ __all__ = [
     "SAMA",
     "Accuracy",
     "AdaptiveAccuracy",
+    "AdaptiveDamping",
+    "Damping",
     "DecreasingAccuracy",
     "ErrorEstimate",
     "ErrorEstimator",
@@ -28,6 +31,7 @@ __all__ = [
     "HypergradientMethod",
     "Implicit",
     "ImplicitUpdate",
+    "NoDamping",
     "OneStep",
     "Unrolled",
     "check_not_all_zero",

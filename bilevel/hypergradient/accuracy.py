@@ -135,15 +135,16 @@ class AdaptiveAccuracy(Accuracy):
 
     Far from a minimum the theory fails before an estimate shows how far: a non-convex inner problem that is solved too
     loosely has an indefinite or nearly singular Hessian, and its linear systems cost most and are worth least. Therefore
-    the inner tolerance never gets looser than the first solve ended, and where a step has met negative curvature, or an
-    inner part of the estimate that says nothing (`MEANINGLESS` times `‖g‖`), it becomes `tighten_by` times tighter for good;
-    the linear part then says nothing either.
+    the inner tolerance never gets looser than the first solve ended, which is a careful one. Where a step has met negative
+    curvature, or an inner part of the estimate that says nothing (`MEANINGLESS` times `‖g‖`), it becomes `tighten_by` times
+    tighter for good; the linear part then says nothing either.
 
     Args:
         relative_error: the estimate that is aimed at, over the norm of the hypergradient. The estimate is 3 to 5 times the
             error (`python -m benchmarks.error_estimate`), so 1 asks for an error of a quarter of the hypergradient.
         uncertified: factor of `relative_error` where the estimate is not certified.
-        first_inner: stationarity of the first inner solve, relative to that of its starting point.
+        first_inner: stationarity of the first inner solve, relative to that of its starting point; the solver's own `atol`
+            where that is larger.
         first_linear: relative residual of the first linear solve.
         tighten_by: largest factor by which a tolerance gets tighter from one step to the next.
         loosen_by: largest factor by which it gets looser; smaller, as too loose a step costs more than too tight a one.
@@ -157,7 +158,7 @@ class AdaptiveAccuracy(Accuracy):
 
     relative_error: float = 1.0
     uncertified: float = 2.0
-    first_inner: float = 1e-5
+    first_inner: float = 1e-7
     first_linear: float = 0.1
     tighten_by: float = 10.0
     loosen_by: float = 3.0

@@ -13,6 +13,7 @@ from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem, StepBatches
 from bilevel.hypergradient.accuracy import AdaptiveAccuracy
 from bilevel.hypergradient.adjoint import describe_linear, solve_adjoint
+from bilevel.hypergradient.damping import AdaptiveDamping, Damping, NoDamping
 from bilevel.hypergradient.error_estimate import NOTHING, ErrorEstimate, ErrorEstimator, Solved
 from bilevel.hypergradient.method import (
     Hypergradient,
@@ -57,6 +58,7 @@ class Implicit(HypergradientMethod):
             two vectors of memory each. None of their error stays.
         preconditioner: approximates the inverse of the inner Hessian; built anew when that pays.
         error_estimate: estimates the error of the number from both residuals; None leaves that out.
+        damping: what is added to the diagonal of the inner Hessian; the receipt's residual and errors include what that does.
         unconverged: what to do where the inner solve ends short of its tolerance.
         negative_curvature: what to do where the inner Hessian is seen not to be positive definite.
         compile: compile the products: seconds once (tens of them for large losses), then up to several times faster where
@@ -70,6 +72,7 @@ class Implicit(HypergradientMethod):
     recycle: int = 0
     preconditioner: Preconditioner = field(default_factory=NoPreconditioner)
     error_estimate: ErrorEstimator | None = field(default_factory=ErrorEstimator)
+    damping: Damping = field(default_factory=NoDamping)
     unconverged: Unconverged = field(default_factory=Warn)
     negative_curvature: NegativeCurvature = field(default_factory=SwitchToMINRES)
     compile: bool = False
@@ -98,6 +101,7 @@ class Implicit(HypergradientMethod):
             "linear_solver": AutoSolver(),
             "preconditioner": AutoPreconditioner(),
             "accuracy": AdaptiveAccuracy(),
+            "damping": AdaptiveDamping(),
             "recycle": 50,
         }
         return cls(**{**chosen, **fields})
@@ -139,6 +143,7 @@ class Implicit(HypergradientMethod):
             **{**describe(inner), "stationarity": float(at.stationarity.max())},
             **describe_linear(solved.solution, by_params),
             setup_mv=solved.setup_mv,
+            damping=solved.damping,
             error_estimate=estimate.value,
             error_inner=estimate.inner,
             error_linear=estimate.linear,
@@ -161,15 +166,19 @@ class Implicit(HypergradientMethod):
             watched = WatchedOperator(at.operator, memory)
             at = replace(at, operator=watched)
         rtol = self.accuracy.linear_rtol(state)
-        system = System(at.operator, vector, self.linear_solver, at.gauss_newton, rtol, preconditioner)
+        damping = self.damping.value(state, rtol) if wanted else 0.0  # a direct solver leaves no residual anyway
+        system = System(at.operator, vector, self.linear_solver, at.gauss_newton, rtol, preconditioner, damping)
         solution, biased = solve_adjoint(system, self.negative_curvature, state.get("adjoint"))
+        if damping and self.damping.biased:
+            biased += (f"the Hessian is damped by {damping:.3g}",)
         spent = int(solution.num_mv.max())
         kept = {PREFIX + name: value for name, value in note(prepared.state, spent).items()}
         if self.recycle and watched is not None:
             kept |= learnt(state, *watched.remembered(), self.recycle)
+        kept |= self.damping.learnt(vector, solution.value)
         if self.warm_start_linear:
             kept["adjoint"] = solution.value
-        return _Solved(solution, biased, kept, prepared.num_mv, watched)
+        return _Solved(solution, biased, kept, prepared.num_mv, watched, damping)
 
     def _estimate(
         self,
@@ -199,3 +208,4 @@ class _Solved(NamedTuple):
     state: MethodState
     setup_mv: int
     watched: WatchedOperator | None
+    damping: float

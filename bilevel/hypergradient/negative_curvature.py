@@ -46,6 +46,7 @@ class System(NamedTuple):
         gauss_newton: makes the operator's counterpart with the Gauss-Newton matrix instead of the Hessian.
         rtol: tolerance of this step; None for the solver's own.
         preconditioner: the preconditioner in use.
+        damping: `c`, added to the diagonal of whatever operator is solved with.
     """
 
     operator: LinearOperator
@@ -54,14 +55,28 @@ class System(NamedTuple):
     gauss_newton: Callable[[], LinearOperator]
     rtol: float | None = None
     preconditioner: LinearOperator | None = None
+    damping: float = 0.0
+
+    def damped(self, operator: LinearOperator) -> LinearOperator:
+        """An operator, this system's or another, with the damping."""
+        return damped(operator, self.damping) if self.damping else operator
 
     def solve(self, operator: LinearOperator, x0: Tensor | None = None) -> Solution:
-        """Solve with an operator, this system's or another; the solution says what curvature the products have shown."""
+        """Solve with an operator, this system's or another; the solution says what curvature its products have shown.
+
+        Curvatures and residual are those without the damping; the residual, with what damping leaves, at most.
+        """
         blind = Tag.symmetric in operator.tags and not self.solver.sees_curvature
         if blind and not isinstance(operator, WatchedOperator):
             operator = WatchedOperator(operator, MEMORY)
-        ready = self.solver.transpose(self.solver.init(operator))  # the theorem's system is with the transpose
+        ready = self.solver.transpose(
+            self.solver.init(self.damped(operator))
+        )  # the theorem's system is with the transpose
         solution = self.solver.compute(ready, self.vector, x0=x0, rtol=self.rtol, preconditioner=self.preconditioner)
+        if self.damping:
+            left = solution.residual_norm + self.damping * solution.value.norm(dim=-1)
+            least, most = solution.curvature_min - self.damping, solution.curvature_max - self.damping
+            solution = replace(solution, residual_norm=left, curvature_min=least, curvature_max=most)
         return _observed(solution, operator) if blind and isinstance(operator, WatchedOperator) else solution
 
 
@@ -137,7 +152,8 @@ class SwitchToMINRES(NegativeCurvature):
         vector = torch.where(failed.unsqueeze(-1), system.vector, 0.0)
         met_it = solution.result == Result.negative_curvature.code  # any other failure leaves nothing to go on from
         start = torch.where((failed & met_it).unsqueeze(-1), solution.value, 0.0)
-        again = solver.compute(solver.init(system.operator), vector, x0=start, preconditioner=system.preconditioner)
+        operator = system.damped(system.operator)
+        again = solver.compute(solver.init(operator), vector, x0=start, preconditioner=system.preconditioner)
         return Handled(solution.continued_by(again, failed))
 
 

@@ -32,14 +32,15 @@ _PANELS = (
     _Panel("stationarity of the inner solve", ("receipt.stationarity",)),
     _Panel("relative residual of the linear solve", ("receipt.linear_residual",)),
     _Panel("curvature seen: least and largest", ("receipt.curvature_min", "receipt.curvature_max")),
+    _Panel("damping of the Hessian", ("receipt.damping",)),
     _Panel("hypergradient norm", ("hypergradient_norm",)),
     _Panel("products", ("receipt.products",), is_count=True),
 )
 
 
 def receipts(run: Run) -> list[Plate]:
-    """The plate of those figures that the run's records have; none where they have nothing."""
-    panels = [panel for panel in _PANELS if any(numpy.isfinite(run.series(key)[1]).any() for key in panel.keys)]
+    """The plate of those figures that the run's records have, other than zero; none where they have nothing."""
+    panels = [panel for panel in _PANELS if any(numpy.nan_to_num(run.series(key)[1]).any() for key in panel.keys)]
     if not panels:
         return []
     biased = [record["step"] for record in run.records if record.get("receipt.biased")]

@@ -1,0 +1,218 @@
+"""Damping of the inner Hessian by the tolerance of the linear solve: what it leaves, and what the receipt says of it."""
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+
+import pytest
+import torch
+
+from bilevel import Positive, Problem
+from bilevel.errors import NumericalError
+from bilevel.flat import FlatProblem, StepBatches
+from bilevel.hypergradient import (
+    AdaptiveAccuracy,
+    AdaptiveDamping,
+    Damping,
+    DecreasingAccuracy,
+    FixedAccuracy,
+    Implicit,
+    NoDamping,
+    differentiate,
+    start_method,
+)
+from bilevel.hypergradient.negative_curvature import Damp, Raise, SwitchToMINRES
+from bilevel.linalg import MINRES, AutoSolver, ConjugateGradient, DenseCholesky, NeumannSeries
+from bilevel.preconditioner import NoPreconditioner, Nystrom
+from bilevel.solvers import GradientDescent
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+class Quadratic(Problem):
+    """`x' H x / 2 + penalty' x² / 2 - c' x` with curvatures over four decades, judged at another point."""
+
+    constraints = {"penalty": Positive()}
+
+    def __init__(self, seed=0, n=60, shift=0.0):
+        draw = torch.Generator().manual_seed(seed)
+        basis = torch.linalg.qr(torch.randn(n, n, generator=draw)).Q
+        values = torch.logspace(0, -4, n)
+        values[-1] -= shift
+        self.hessian = basis * values @ basis.T
+        self.slope, self.wanted = torch.randn(2, n, generator=draw).unbind()
+        self.start = torch.linalg.solve(self.full(torch.full((n,), 1e-6)), self.slope)
+
+    def full(self, penalty):
+        """The inner Hessian."""
+        return self.hessian + torch.diag(penalty)
+
+    def init_hparams(self):
+        return {"penalty": torch.full((len(self.slope),), 1e-6)}
+
+    def init_params(self, hparams):
+        return {"x": self.start}
+
+    def inner_loss(self, params, hparams, batch):
+        x = params["x"]
+        return x @ self.hessian @ x / 2 + (hparams["penalty"] * x.square()).sum() / 2 - self.slope @ x
+
+    def outer_loss(self, params, hparams, batch):
+        return (params["x"] - self.wanted).square().sum() / 2
+
+
+def made(problem, method, count=2):
+    """Hypergradients at the solution, which the problem starts at, each step going on from the one before."""
+    solver = GradientDescent(learning_rate=1e-6, max_steps=1, atol=1e9)  # content with what it is given
+    hparams = problem.init_hparams()
+    flat = FlatProblem.of(problem, hparams)
+    params = flat.start(hparams)
+    state, found = start_method(method, flat, solver, params, hparams), []
+    for number in range(count):
+        result = differentiate(method, flat, solver, params, hparams, StepBatches(problem, number), state)
+        params, state = result.params, result.state
+        found.append(result)
+    return found
+
+
+def theory(problem, x, damping=0.0):
+    """The hypergradient by a dense solve: `-x ∘ (H + c I)^{-1} (x - wanted)`."""
+    matrix = problem.full(problem.init_hparams()["penalty"]) + damping * torch.eye(len(x))
+    return -x * torch.linalg.solve(matrix, x - problem.wanted)
+
+
+ITERATIVE = AutoSolver(dense_size=0)
+
+
+@dataclass(frozen=True)
+class Fixed(Damping):
+    """A number."""
+
+    damping: float
+
+    def value(self, state, rtol):
+        return self.damping
+
+
+SOLVERS = {
+    "cg": ConjugateGradient,
+    "minres": MINRES,
+    "neumann": NeumannSeries,
+    "auto": partial(AutoSolver, dense_size=0),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    ("solver", "preconditioner"),
+    [
+        *((name, NoPreconditioner()) for name in SOLVERS),
+        *((name, Nystrom(rank=20)) for name in ("cg", "minres", "auto")),
+    ],
+)
+def test_the_damped_system_is_the_one_that_is_solved(solver, preconditioner, compiled):
+    problem, damping = Quadratic(), 3e-2
+    linear = SOLVERS[solver](rtol=1e-11, max_steps=5000)
+    method = Implicit(linear_solver=linear, preconditioner=preconditioner, damping=Fixed(damping), compile=compiled)
+    (result,) = made(problem, method, 1)
+    expected, undamped = theory(problem, result.params, damping), theory(problem, result.params)
+    torch.testing.assert_close(result.gradient["penalty"], expected, rtol=1e-7, atol=1e-9 * float(expected.norm()))
+    assert float((expected - undamped).norm()) > 0.5 * float(undamped.norm())
+    assert result.receipt.damping == damping and result.receipt.biased == ("the Hessian is damped by 0.03",)
+    adjoint = -result.gradient["penalty"] / result.params
+    left = problem.full(problem.init_hparams()["penalty"]) @ adjoint - (result.params - problem.wanted)
+    assert result.receipt.linear_residual * float((result.params - problem.wanted).norm()) == pytest.approx(
+        float(left.norm())
+    )
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_what_damping_leaves_is_the_tolerance(seed):
+    problem = Quadratic(seed)
+    accuracy = DecreasingAccuracy(first_linear=0.1, decay=0.5)
+    first, second = made(problem, Implicit(accuracy=accuracy, damping=AdaptiveDamping()))
+    assert first.receipt.damping == 0.0 and first.receipt.biased == second.receipt.biased == ()
+    rhs = second.params - problem.wanted
+    adjoints = [-one.gradient["penalty"] / one.params for one in (first, second)]
+    damping = second.receipt.damping
+    assert damping == pytest.approx(0.05 * float(rhs.norm() / adjoints[0].norm()), rel=1e-9)
+    left = problem.full(problem.init_hparams()["penalty"]) @ adjoints[1] - rhs
+    assert float(left.norm()) <= second.receipt.linear_residual * float(rhs.norm()) <= 3 * 0.05 * float(rhs.norm())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_error_estimate_counts_what_damping_leaves(seed):
+    problem = Quadratic(seed)
+    method = Implicit.auto(linear_solver=ITERATIVE)
+    for result in made(problem, method, 6)[1:]:
+        error = float((result.gradient["penalty"] - theory(problem, result.params)).norm())
+        assert result.receipt.damping > 0 and result.receipt.error_estimate >= error
+
+
+@pytest.mark.parametrize("goal", [1.0, 0.1, 0.01])
+def test_damping_vanishes_with_the_error_that_is_allowed(goal):
+    problem = Quadratic()
+    last = made(problem, Implicit.auto(linear_solver=ITERATIVE, accuracy=AdaptiveAccuracy(relative_error=goal)), 12)[-1]
+    truth = theory(problem, last.params)
+    assert float((last.gradient["penalty"] - truth).norm() / truth.norm()) <= goal
+    assert last.receipt.damping < 1e-3 * goal
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Implicit.auto(linear_solver=DenseCholesky()),
+        Implicit.auto(),  # small: by Cholesky's factors
+        Implicit.auto(linear_solver=ITERATIVE, accuracy=FixedAccuracy()),
+        Implicit.auto(linear_solver=ITERATIVE, damping=NoDamping()),
+    ],
+    ids=["direct", "automatic and small", "the solver's own tolerance", "none"],
+)
+def test_where_there_is_no_damping_the_number_is_the_theorems(method):
+    for result in made(Quadratic(), method, 3):
+        assert result.receipt.damping == 0.0 and not result.receipt.biased
+    assert not math.isnan(result.receipt.error_estimate)
+
+
+def test_negative_curvature_is_seen_beneath_the_damping():
+    problem = Quadratic(n=8, shift=0.5)
+    smallest = float(torch.linalg.eigvalsh(problem.full(torch.full((8,), 1e-6)))[0])
+    assert smallest < 0
+    method = Implicit(linear_solver=MINRES(rtol=1e-10), damping=Fixed(-1.5 * smallest), negative_curvature=Raise())
+    with pytest.raises(NumericalError, match="has negative curvature"):
+        made(problem, method, 1)
+    (result,) = made(problem, replace(method, negative_curvature=SwitchToMINRES()), 1)
+    assert smallest <= result.receipt.curvature_min < 0
+    expected = theory(problem, result.params, -1.5 * smallest)
+    torch.testing.assert_close(result.gradient["penalty"], expected, rtol=1e-6, atol=1e-8 * float(expected.norm()))
+
+
+@pytest.mark.parametrize("policy", [SwitchToMINRES(), Damp()], ids=["minres", "damp"])
+def test_policies_for_negative_curvature_keep_the_damping(policy):
+    problem, damping = Quadratic(n=8, shift=0.5), 0.1
+    method = Implicit(linear_solver=ConjugateGradient(rtol=1e-10), damping=Fixed(damping), negative_curvature=policy)
+    (result,) = made(problem, method, 1)
+    smallest = float(torch.linalg.eigvalsh(problem.full(torch.full((8,), 1e-6)))[0])
+    assert smallest + damping < 0  # so the damped system is indefinite, too
+    assert any("damped by 0.1" in reason for reason in result.receipt.biased)
+    if isinstance(policy, SwitchToMINRES):
+        expected = theory(problem, result.params, damping)
+        torch.testing.assert_close(result.gradient["penalty"], expected, rtol=1e-6, atol=1e-8 * float(expected.norm()))
+    assert result.receipt.curvature_min < 0
+
+
+def test_the_first_step_has_nothing_to_go_by():
+    damping = AdaptiveDamping()
+    assert damping.value({}, 0.1) == 0.0
+    state = damping.learnt(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 10.0]))
+    assert damping.value(state, 0.1) == pytest.approx(0.05) and damping.value(state, None) == 0.0
+    assert (
+        damping.learnt(torch.ones(2), torch.zeros(2))
+        == {}
+        == damping.learnt(torch.ones(2), torch.full((2,), torch.nan))
+    )
