@@ -25,7 +25,7 @@ class Receipt:
             the Hessian is damped, with what that leaves.
         num_mv: matrix-vector products of the linear solve, the largest over tasks.
         setup_mv: products that the preconditioner was built with.
-        damping: what was added to the diagonal of the inner Hessian.
+        damping: what was added to the diagonal of the inner Hessian, unless MINRES took over at negative curvature.
         linear_method: the solvers that were used, where `linear_solver=auto` has chosen; empty elsewhere.
         linear_result: name of the `Result`, the worst over tasks.
         curvature_min: smallest Rayleigh quotient of the inner Hessian seen by the linear solver.

@@ -22,7 +22,7 @@ from bilevel.hypergradient import (
     start_method,
 )
 from bilevel.hypergradient.negative_curvature import Damp, Raise, SwitchToMINRES
-from bilevel.linalg import MINRES, AutoSolver, ConjugateGradient, DenseCholesky, NeumannSeries
+from bilevel.linalg import GMRES, MINRES, AutoSolver, ConjugateGradient, DenseCholesky, NeumannSeries
 from bilevel.preconditioner import NoPreconditioner, Nystrom
 from bilevel.solvers import GradientDescent
 
@@ -193,17 +193,31 @@ def test_negative_curvature_is_seen_beneath_the_damping():
 
 
 @pytest.mark.parametrize("policy", [SwitchToMINRES(), Damp()], ids=["minres", "damp"])
-def test_policies_for_negative_curvature_keep_the_damping(policy):
+def test_policies_meet_negative_curvature_that_damping_does_not_cover(policy):
     problem, damping = Quadratic(n=8, shift=0.5), 0.1
     method = Implicit(linear_solver=ConjugateGradient(rtol=1e-10), damping=Fixed(damping), negative_curvature=policy)
     (result,) = made(problem, method, 1)
     smallest = float(torch.linalg.eigvalsh(problem.full(torch.full((8,), 1e-6)))[0])
     assert smallest + damping < 0  # so the damped system is indefinite, too
-    assert any("damped by 0.1" in reason for reason in result.receipt.biased)
-    if isinstance(policy, SwitchToMINRES):
-        expected = theory(problem, result.params, damping)
+    assert result.receipt.damping == damping
+    if isinstance(policy, SwitchToMINRES):  # has no use for damping
+        expected = theory(problem, result.params)
         torch.testing.assert_close(result.gradient["penalty"], expected, rtol=1e-6, atol=1e-8 * float(expected.norm()))
     assert result.receipt.curvature_min < 0
+
+
+class Skew(Quadratic):
+    """The same solution as that of an unsymmetric optimality."""
+
+    def optimality(self, params, hparams, batch):
+        return {"x": self.full(hparams["penalty"]) @ params["x"] + 0.0 * params["x"].roll(1) - self.slope}
+
+
+def test_an_unsymmetric_system_is_not_damped():
+    (result,) = made(Skew(n=20), Implicit(linear_solver=GMRES(rtol=1e-10), damping=Fixed(0.1)), 1)
+    assert result.receipt.damping == 0.0 and result.receipt.biased == ()
+    expected = theory(Skew(n=20), result.params)
+    torch.testing.assert_close(result.gradient["penalty"], expected, rtol=1e-6, atol=1e-8 * float(expected.norm()))
 
 
 def test_the_first_step_has_nothing_to_go_by():

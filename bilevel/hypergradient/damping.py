@@ -57,7 +57,7 @@ class AdaptiveDamping(Damping):
 
     `‖b‖ / ‖y‖` is that of the step before, so the first step is not damped. What damping leaves counts in the receipt's
     residual and error estimate like any other residual; where `accuracy` follows the estimate, it vanishes with the error
-    that it allows. A direct linear solver leaves no residual, and is not damped.
+    that it allows. Not damped are a direct linear solver, which leaves no residual, and an unsymmetric system.
 
     Reference: Morozov (1966), "On the solution of functional equations by the method of regularization".
     """

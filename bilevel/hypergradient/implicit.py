@@ -166,7 +166,11 @@ class Implicit(HypergradientMethod):
             watched = WatchedOperator(at.operator, memory)
             at = replace(at, operator=watched)
         rtol = self.accuracy.linear_rtol(state)
-        damping = self.damping.value(state, rtol) if wanted else 0.0  # a direct solver leaves no residual anyway
+        damping = (
+            0.0  # of a direct solver, which leaves no residual, and where it need not push eigenvalues away from zero
+        )
+        if wanted and Tag.symmetric in at.operator.tags:
+            damping = self.damping.value(state, rtol)
         system = System(at.operator, vector, self.linear_solver, at.gauss_newton, rtol, preconditioner, damping)
         solution, biased = solve_adjoint(system, self.negative_curvature, state.get("adjoint"))
         if damping and self.damping.biased:

@@ -46,7 +46,7 @@ class System(NamedTuple):
         gauss_newton: makes the operator's counterpart with the Gauss-Newton matrix instead of the Hessian.
         rtol: tolerance of this step; None for the solver's own.
         preconditioner: the preconditioner in use.
-        damping: `c`, added to the diagonal of whatever operator is solved with.
+        damping: `c`, added to the diagonal of whatever operator is solved with by `solver`.
     """
 
     operator: LinearOperator
@@ -57,10 +57,6 @@ class System(NamedTuple):
     preconditioner: LinearOperator | None = None
     damping: float = 0.0
 
-    def damped(self, operator: LinearOperator) -> LinearOperator:
-        """An operator, this system's or another, with the damping."""
-        return damped(operator, self.damping) if self.damping else operator
-
     def solve(self, operator: LinearOperator, x0: Tensor | None = None) -> Solution:
         """Solve with an operator, this system's or another; the solution says what curvature its products have shown.
 
@@ -69,9 +65,8 @@ class System(NamedTuple):
         blind = Tag.symmetric in operator.tags and not self.solver.sees_curvature
         if blind and not isinstance(operator, WatchedOperator):
             operator = WatchedOperator(operator, MEMORY)
-        ready = self.solver.transpose(
-            self.solver.init(self.damped(operator))
-        )  # the theorem's system is with the transpose
+        used = damped(operator, self.damping) if self.damping else operator
+        ready = self.solver.transpose(self.solver.init(used))  # the theorem's system is with the transpose
         solution = self.solver.compute(ready, self.vector, x0=x0, rtol=self.rtol, preconditioner=self.preconditioner)
         if self.damping:
             left = solution.residual_norm + self.damping * solution.value.norm(dim=-1)
@@ -134,7 +129,8 @@ class Raise(NegativeCurvature):
 class SwitchToMINRES(NegativeCurvature):
     """Solve the indefinite system by the minimal residual method: the theorem asks for an invertible Hessian only.
 
-    The number is the derivative of a stationary point, a saddle perhaps; what another solver has found is kept.
+    The number is the derivative of a stationary point, a saddle perhaps; what another solver has found is kept. The system
+    is that of the theorem, without damping.
 
     Args:
         max_steps: largest number of further steps.
@@ -152,8 +148,8 @@ class SwitchToMINRES(NegativeCurvature):
         vector = torch.where(failed.unsqueeze(-1), system.vector, 0.0)
         met_it = solution.result == Result.negative_curvature.code  # any other failure leaves nothing to go on from
         start = torch.where((failed & met_it).unsqueeze(-1), solution.value, 0.0)
-        operator = system.damped(system.operator)
-        again = solver.compute(solver.init(operator), vector, x0=start, preconditioner=system.preconditioner)
+        # Without the damping, which makes an indefinite system no better: an eigenvalue of -c would become zero.
+        again = solver.compute(solver.init(system.operator), vector, x0=start, preconditioner=system.preconditioner)
         return Handled(solution.continued_by(again, failed))
 
 
