@@ -41,6 +41,7 @@ bench: $(STAMP) ## the benchmarks; peers take part when the extra `peers` is ins
 	$(PYTHON) -m benchmarks.error_estimate
 	$(PYTHON) -m benchmarks.planner
 	$(PYTHON) -m benchmarks.time_to_accuracy
+	$(PYTHON) -m benchmarks.damping
 	$(PYTHON) -m benchmarks.tuning
 
 clean: ## remove the environment and what runs have left

@@ -20,6 +20,7 @@ reaches down to 1 (the other is not better by more than chance) and that it ends
 
 from __future__ import annotations
 
+import ast
 import json
 import statistics
 import sys
@@ -56,6 +57,7 @@ FINALS, FINALISTS = range(14, 22), 3  # further starts for the best few settings
 JUDGED = range(100, 228)  # starts that nothing was chosen by
 FEWER = 32  # of them, for the rival that is not the better one
 SHARE = 0.5  # of the products of the best setting
+NO_PART = ("diagnostics", "report")  # of the library, in a run: certificates, plans and pictures
 MARGIN = 1.05  # ratio of two losses below which they count as the same
 
 
@@ -244,8 +246,27 @@ def setting_of(row: Row) -> Setting:
 def fingerprint() -> str:
     """Of everything that a run depends on: the library, the configuration, this file and torch's version."""
     root = Path(__file__).parent.parent
-    files = sorted([*root.glob("bilevel/**/*.py"), *root.glob("conf/**/*.yaml"), Path(__file__)])
-    return sha256(b"".join([torch.__version__.encode(), *(file.read_bytes() for file in files)])).hexdigest()
+    library = (path for path in root.glob("bilevel/**/*.py") if path.relative_to(root).parts[1] not in NO_PART)
+    sources = sorted([*library, Path(__file__)])
+    parts = [torch.__version__, *(meaning(path.read_text()) for path in sources)]
+    parts += [path.read_text() for path in sorted(root.glob("conf/**/*.yaml"))]
+    return sha256("\0".join(parts).encode()).hexdigest()
+
+
+def meaning(source: str) -> str:
+    r"""The syntax tree of a module without docstrings: what is left when comments and documentation are not counted.
+
+    Example:
+        >>> meaning("def f():\n    'A docstring.'\n    return 1") == meaning("def f(): return 1  # a comment")
+        True
+        >>> meaning("def f(): return 1") == meaning("def f(): return 2")
+        False
+    """
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return ast.dump(tree)
 
 
 def best(means: Iterable[Mean], method: str, number: int) -> list[Setting]:

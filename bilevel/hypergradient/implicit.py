@@ -87,8 +87,8 @@ class Implicit(HypergradientMethod):
     def auto(cls, **fields: Any) -> Implicit:
         """The method with nothing to tune, what `hypergradient=implicit_auto` is in a configuration.
 
-        The linear solver and the preconditioner choose, tolerances follow the error estimate, and linear solves are
-        preconditioned by what the ones of the steps before have found.
+        The linear solver and the preconditioner choose, tolerances follow the error estimate, the Hessian is damped within
+        them, and linear solves are preconditioned by what the ones of the steps before have found.
 
         Args:
             **fields: other values of the class's arguments.
