@@ -197,9 +197,12 @@ class Runs:
         whole = text[: text.rfind("\n") + 1]  # without a line that was cut short while it was written
         first, *lines = whole.splitlines() or [""]
         if first != json.dumps(head):
-            raise UsageError(f"{file} holds runs of other code or of other keys: give the name of a new file.")
+            raise UsageError(
+                f"{file} holds no runs, or runs of other code or of other keys: give the name of a new file."
+            )
         if whole != text:
-            file.write_text(whole)
+            with file.open("r+b") as cut:
+                cut.truncate(len(whole.encode()))
         for line in lines:
             row = json.loads(line)
             self.made[setting_of(row), row["seed"]] = row
@@ -247,7 +250,7 @@ def fingerprint() -> str:
     """Of everything that a run depends on: the library, the configuration, this file and torch's version."""
     root = Path(__file__).parent.parent
     library = (path for path in root.glob("bilevel/**/*.py") if path.relative_to(root).parts[1] not in NO_PART)
-    sources = sorted([*library, Path(__file__)])
+    sources = sorted([*library, *(root / "benchmarks" / name for name in ("common.py", "tuning.py"))])
     parts = [torch.__version__, *(meaning(path.read_text()) for path in sources)]
     parts += [path.read_text() for path in sorted(root.glob("conf/**/*.yaml"))]
     return sha256("\0".join(parts).encode()).hexdigest()

@@ -22,10 +22,10 @@ class Receipt:
         inner_products: Hessian-vector products inside the inner solver.
         inner_result: name of the `InnerResult`.
         linear_residual: residual norm of the linear system over that of its right-hand side, the largest over tasks; where
-            the Hessian is damped, with what that leaves.
+            the Hessian is damped, with what that leaves, at most.
         num_mv: matrix-vector products of the linear solve, the largest over tasks.
         setup_mv: products that the preconditioner was built with.
-        damping: what was added to the diagonal of the inner Hessian, unless MINRES took over at negative curvature.
+        damping: what was added to the diagonal of the inner Hessian, the largest over tasks.
         linear_method: the solvers that were used, where `linear_solver=auto` has chosen; empty elsewhere.
         linear_result: name of the `Result`, the worst over tasks.
         curvature_min: smallest Rayleigh quotient of the inner Hessian seen by the linear solver.

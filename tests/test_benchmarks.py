@@ -229,8 +229,8 @@ def test_tuning_that_was_cut_short_goes_on_from_its_file(tmp_path):
     found = tune(Runs(again, file=file), GRID, STARTS)
     assert found == tune(Runs(Pool()), GRID, STARTS)
     assert not set(pool.tasks) & set(again.tasks) and len(pool.tasks) + len(again.tasks) == 16 + 12 + 80 + FEWER
-    with pytest.raises(UsageError, match="holds runs of other code or of other keys"):
+    with pytest.raises(UsageError, match="or runs of other code or of other keys"):
         Runs(Pool(), ("seed=1",), file)
     file.write_text(file.read_text().replace('"code": "', '"code": "0'))
-    with pytest.raises(UsageError, match="holds runs of other code"):
+    with pytest.raises(UsageError, match="or runs of other code"):
         Runs(Pool(), file=file)

@@ -3,33 +3,55 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilevel.errors import ConvergenceWarning
+from bilevel.hypergradient.damping import Damping
 from bilevel.hypergradient.negative_curvature import Handled, NegativeCurvature, System, met
 from bilevel.linalg import Tag
 from bilevel.result import Result, Solution
 
 
-def solve_adjoint(system: System, policy: NegativeCurvature, x0: Tensor | None = None) -> Handled:
+def solve_adjoint(
+    system: System, policy: NegativeCurvature, x0: Tensor | None = None, damping: Damping | None = None
+) -> Handled:
     """The solution and why it is biased; a `ConvergenceWarning` where it is none.
 
     Args:
         system: what is to be solved.
         policy: for negative curvature.
         x0: where to start.
+        damping: what has chosen the system's damping; it may choose less. At negative curvature there is none: an eigenvalue
+            that is as far below zero as the damping would become zero.
     """
     solution = system.solve(system.operator, x0)
+    for _ in range(MAX_ROUNDS):
+        if damping is None or system.damping is None:
+            break
+        indefinite = bool(met(solution).any())
+        less = None if indefinite else damping.revised(system.damping, system.rtol, system.vector, solution.value)
+        if less is None and not indefinite:
+            break
+        system = system._replace(damping=less)
+        again = system.solve(system.operator, x0 if indefinite else solution.value)
+        everyone = torch.ones_like(solution.result, dtype=torch.bool)
+        solution = replace(solution.continued_by(again, everyone), method=again.method)
     biased = (f"{type(system.solver).__name__} replaces the inverse Hessian",) * system.solver.biased
+    if damping is not None and damping.biased and system.damping is not None:
+        biased += (f"the Hessian is damped by {float(system.damping.max()):.3g}",)
     if Tag.symmetric in system.operator.tags and bool((negative := met(solution)).any()):
-        solution, reasons = policy.handle(system, solution, negative)
+        solution, reasons, _ = policy.handle(system, solution, negative)
         biased += reasons
     if not _worst(solution).successful:
         warnings.warn(_sentence(solution, system.vector), ConvergenceWarning, stacklevel=3)
-    return Handled(solution, biased)
+    return Handled(solution, biased, system.damping)
+
+
+MAX_ROUNDS = 10  # of less damping; each comes closer to what was asked for
 
 
 def describe_linear(solution: Solution, rhs: Tensor) -> dict[str, Any]:

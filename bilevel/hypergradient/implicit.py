@@ -143,7 +143,7 @@ class Implicit(HypergradientMethod):
             **{**describe(inner), "stationarity": float(at.stationarity.max())},
             **describe_linear(solved.solution, by_params),
             setup_mv=solved.setup_mv,
-            damping=solved.damping,
+            damping=0.0 if solved.damping is None else float(solved.damping.max()),
             error_estimate=estimate.value,
             error_inner=estimate.inner,
             error_linear=estimate.linear,
@@ -166,20 +166,16 @@ class Implicit(HypergradientMethod):
             watched = WatchedOperator(at.operator, memory)
             at = replace(at, operator=watched)
         rtol = self.accuracy.linear_rtol(state)
-        damping = (
-            0.0  # of a direct solver, which leaves no residual, and where it need not push eigenvalues away from zero
-        )
-        if wanted and Tag.symmetric in at.operator.tags:
-            damping = self.damping.value(state, rtol)
+        # A direct solver leaves no residual, and `c I` may bring eigenvalues of an unsymmetric matrix to zero.
+        dampable = wanted and Tag.symmetric in at.operator.tags
+        damping = self.damping.value(state, rtol) if dampable else None
         system = System(at.operator, vector, self.linear_solver, at.gauss_newton, rtol, preconditioner, damping)
-        solution, biased = solve_adjoint(system, self.negative_curvature, state.get("adjoint"))
-        if damping and self.damping.biased:
-            biased += (f"the Hessian is damped by {damping:.3g}",)
+        solution, biased, damping = solve_adjoint(system, self.negative_curvature, state.get("adjoint"), self.damping)
         spent = int(solution.num_mv.max())
         kept = {PREFIX + name: value for name, value in note(prepared.state, spent).items()}
         if self.recycle and watched is not None:
             kept |= learnt(state, *watched.remembered(), self.recycle)
-        kept |= self.damping.learnt(vector, solution.value)
+        kept |= self.damping.learnt(vector, solution)
         if self.warm_start_linear:
             kept["adjoint"] = solution.value
         return _Solved(solution, biased, kept, prepared.num_mv, watched, damping)
@@ -212,4 +208,4 @@ class _Solved(NamedTuple):
     state: MethodState
     setup_mv: int
     watched: WatchedOperator | None
-    damping: float
+    damping: Tensor | None

@@ -99,7 +99,7 @@ class ImplicitUpdate(HypergradientMethod):
             at.operator + pull, by_params, self.linear_solver, lambda: at.gauss_newton() + pull,
             self.accuracy.linear_rtol(state),
         )  # fmt: skip
-        solution, biased = solve_adjoint(system, self.negative_curvature)
+        solution, biased, _ = solve_adjoint(system, self.negative_curvature)
         mixed, by_options = at.mixed(solution.value), response.by_hparams(solution.value / response.size)
         gradient = {name: direct[name] - mixed[name] + by_options[name] for name in direct}
         kept: MethodState = {EXPLAINED: state[EXPLAINED]} if EXPLAINED in state else {}

@@ -30,10 +30,12 @@ class Handled(NamedTuple):
     Attributes:
         solution: the one to use, with all products counted.
         biased: why it is not that of the system that was asked for; empty when it is.
+        damping: that of the system which was solved, `(*batch,)`; None for none.
     """
 
     solution: Solution
     biased: tuple[str, ...] = ()
+    damping: Tensor | None = None
 
 
 class System(NamedTuple):
@@ -46,7 +48,7 @@ class System(NamedTuple):
         gauss_newton: makes the operator's counterpart with the Gauss-Newton matrix instead of the Hessian.
         rtol: tolerance of this step; None for the solver's own.
         preconditioner: the preconditioner in use.
-        damping: `c`, added to the diagonal of whatever operator is solved with by `solver`.
+        damping: `c` of each system, `(*batch,)`, added to the diagonal of whatever operator is solved with; None for none.
     """
 
     operator: LinearOperator
@@ -55,28 +57,30 @@ class System(NamedTuple):
     gauss_newton: Callable[[], LinearOperator]
     rtol: float | None = None
     preconditioner: LinearOperator | None = None
-    damping: float = 0.0
+    damping: Tensor | None = None
 
     def solve(self, operator: LinearOperator, x0: Tensor | None = None) -> Solution:
         """Solve with an operator, this system's or another; the solution says what curvature its products have shown.
 
-        Curvatures and residual are those without the damping; the residual, with what damping leaves, at most.
+        Curvature and residual are those without the damping; the residual, with what damping leaves, at most. The directions
+        of a solver that sees the curvature of the damped operator need not show that of the other: their span does.
         """
-        blind = Tag.symmetric in operator.tags and not self.solver.sees_curvature
-        if blind and not isinstance(operator, WatchedOperator):
+        damping = self.damping
+        watch = Tag.symmetric in operator.tags and not (self.solver.sees_curvature and damping is None)
+        if watch and not isinstance(operator, WatchedOperator):
             operator = WatchedOperator(operator, MEMORY)
-        used = damped(operator, self.damping) if self.damping else operator
+        used = operator if damping is None else damped(operator, damping)
         ready = self.solver.transpose(self.solver.init(used))  # the theorem's system is with the transpose
         solution = self.solver.compute(ready, self.vector, x0=x0, rtol=self.rtol, preconditioner=self.preconditioner)
-        if self.damping:
-            left = solution.residual_norm + self.damping * solution.value.norm(dim=-1)
-            least, most = solution.curvature_min - self.damping, solution.curvature_max - self.damping
+        if damping is not None:
+            left = solution.residual_norm + damping * solution.value.norm(dim=-1)
+            least, most = solution.curvature_min - damping, solution.curvature_max - damping
             solution = replace(solution, residual_norm=left, curvature_min=least, curvature_max=most)
-        return _observed(solution, operator) if blind and isinstance(operator, WatchedOperator) else solution
+        return _observed(solution, operator) if watch and isinstance(operator, WatchedOperator) else solution
 
 
 def _observed(solution: Solution, watched: WatchedOperator) -> Solution:
-    """The solution of a solver that does not look at curvatures, with the extreme Ritz values of the space of its products."""
+    """A solution with the extreme Ritz values of the space of the products, which the solver has not seen."""
     vectors, products = watched.remembered()
     if not vectors.shape[-2] or not bool(products.isfinite().all()):
         return solution
@@ -129,8 +133,7 @@ class Raise(NegativeCurvature):
 class SwitchToMINRES(NegativeCurvature):
     """Solve the indefinite system by the minimal residual method: the theorem asks for an invertible Hessian only.
 
-    The number is the derivative of a stationary point, a saddle perhaps; what another solver has found is kept. The system
-    is that of the theorem, without damping.
+    The number is the derivative of a stationary point, a saddle perhaps; what another solver has found is kept.
 
     Args:
         max_steps: largest number of further steps.
@@ -148,7 +151,6 @@ class SwitchToMINRES(NegativeCurvature):
         vector = torch.where(failed.unsqueeze(-1), system.vector, 0.0)
         met_it = solution.result == Result.negative_curvature.code  # any other failure leaves nothing to go on from
         start = torch.where((failed & met_it).unsqueeze(-1), solution.value, 0.0)
-        # Without the damping, which makes an indefinite system no better: an eigenvalue of -c would become zero.
         again = solver.compute(solver.init(system.operator), vector, x0=start, preconditioner=system.preconditioner)
         return Handled(solution.continued_by(again, failed))
 

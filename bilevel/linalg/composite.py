@@ -36,6 +36,10 @@ class SumOperator(LinearOperator):
         """The first operator's inner product."""
         return self.first.inner(u, v)
 
+    def fuse(self, function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Sequence[Tensor]]:
+        """As the first operator does."""
+        return self.first.fuse(function)
+
 
 class ScaledOperator(LinearOperator):
     """`c A` with a number or one factor for each system (shape `batch_shape`).

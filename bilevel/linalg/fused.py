@@ -59,18 +59,26 @@ class Fused:
         try:
             with torch.no_grad():
                 program = compile_graph(trace(self.function, examples), examples)
-                same = all(map(_same, program(*tensors), self.function(*tensors)))
+                found, expected = program(*tensors), self.function(*tensors)
         except Exception:  # of any kind, from a missing C++ compiler on: what it would have saved is time only
             return self.function
-        return program if same else self.function
+        return program if _same(found, expected, tensors) else self.function
 
 
-def _same(found: Tensor, expected: Tensor) -> bool:
-    """Whether numbers agree to half of their digits, and NaN and infinity are where they are expected; masks may not."""
-    if not expected.is_floating_point():
-        return True
-    size = float(expected.nan_to_num(0.0, 0.0, 0.0).abs().amax()) if expected.numel() else 0.0
-    return torch.allclose(found, expected, rtol=0.0, atol=torch.finfo(expected.dtype).eps ** 0.5 * size, equal_nan=True)
+def _same(found: Sequence[Tensor], expected: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
+    """Whether results agree to half of the digits of the largest number on the way; masks, made by comparisons, may differ."""
+    if [(one.shape, one.dtype) for one in found] != [(one.shape, one.dtype) for one in expected]:
+        return False
+    numbers = (one for one in (*inputs, *expected) if one.is_floating_point() and one.numel())
+    size = max((float(one.nan_to_num(0.0, 0.0, 0.0).abs().amax()) for one in numbers), default=0.0)
+    for one, other in zip(found, expected, strict=True):
+        if other.is_floating_point():
+            close = torch.finfo(other.dtype).eps ** 0.5 * size
+            if not torch.allclose(one, other, rtol=0.0, atol=close, equal_nan=True):
+                return False
+        elif other.dtype is not torch.bool and not torch.equal(one, other):
+            return False
+    return True
 
 
 @cache

@@ -38,9 +38,14 @@ _PANELS = (
 )
 
 
+def _is_shown(key: str, values: numpy.ndarray) -> bool:
+    """Whether there is anything to see: no damping is nothing."""
+    return bool(numpy.isfinite(values).any() and (key != "receipt.damping" or values.any()))
+
+
 def receipts(run: Run) -> list[Plate]:
-    """The plate of those figures that the run's records have, other than zero; none where they have nothing."""
-    panels = [panel for panel in _PANELS if any(numpy.nan_to_num(run.series(key)[1]).any() for key in panel.keys)]
+    """The plate of those figures that the run's records have, none where they have nothing."""
+    panels = [panel for panel in _PANELS if any(_is_shown(key, run.series(key)[1]) for key in panel.keys)]
     if not panels:
         return []
     biased = [record["step"] for record in run.records if record.get("receipt.biased")]
