@@ -12,3 +12,9 @@ def _default_dtype():
     torch.set_default_dtype(torch.float32)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def float64():
+    """For modules whose problems are all to be in float64: `pytestmark = pytest.mark.usefixtures("float64")`."""
+    torch.set_default_dtype(torch.float64)

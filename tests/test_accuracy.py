@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from stepping import along
 
 from bilevel import Positive, Problem, fit
 from bilevel.errors import UsageError
@@ -18,7 +19,6 @@ from bilevel.hypergradient import (
     ImplicitUpdate,
     Unrolled,
     differentiate,
-    start_method,
 )
 from bilevel.hypergradient.accuracy import INNER, LINEAR
 from bilevel.linalg import POSITIVE_DEFINITE, ConjugateGradient, DenseCholesky, DiagonalOperator, MatrixOperator
@@ -28,12 +28,7 @@ from bilevel.preconditioner.recycled import corrected, learnt
 from bilevel.preconditioner.reuse import note, prepare
 from bilevel.solvers import LBFGS, AndersonAcceleration, GradientDescent, run
 
-
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 class Logistic(Problem):
@@ -86,15 +81,7 @@ SOLVER = LBFGS(max_steps=3000)
 
 def steps(problem, method, count, solver=SOLVER):
     """Hypergradients at one setting, each step going on from the one before."""
-    hparams = problem.init_hparams()
-    flat = FlatProblem.of(problem, hparams)
-    params = flat.start(hparams)
-    state, found = start_method(method, flat, solver, params, hparams), []
-    for number in range(count):
-        result = differentiate(method, flat, solver, params, hparams, StepBatches(problem, number), state)
-        params, state = result.params, result.state
-        found.append(result)
-    return found
+    return along(problem, method, solver, [problem.init_hparams()] * count)
 
 
 def exact(problem):

@@ -26,14 +26,7 @@ from bilevel.result import Result
 N = 40
 
 
-@pytest.fixture(autouse=True)
-def _float64():
-    threads = torch.get_num_threads()
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
-    yield
-    torch.set_default_dtype(torch.float32)
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def normal(*shape, seed=0):

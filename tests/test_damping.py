@@ -6,10 +6,10 @@ from functools import partial
 
 import pytest
 import torch
+from stepping import along
 
 from bilevel import Positive, Problem
 from bilevel.errors import NumericalError
-from bilevel.flat import FlatProblem, StepBatches
 from bilevel.hypergradient import (
     AdaptiveAccuracy,
     AdaptiveDamping,
@@ -18,8 +18,6 @@ from bilevel.hypergradient import (
     FixedAccuracy,
     Implicit,
     NoDamping,
-    differentiate,
-    start_method,
 )
 from bilevel.hypergradient.damping import SLACK
 from bilevel.hypergradient.negative_curvature import Raise, SwitchToMINRES
@@ -28,12 +26,7 @@ from bilevel.preconditioner import NoPreconditioner, Nystrom
 from bilevel.result import Result, Solution
 from bilevel.solvers import GradientDescent
 
-
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 class Quadratic(Problem):
@@ -48,7 +41,6 @@ class Quadratic(Problem):
         values[-1] -= shift
         self.hessian = basis * values @ basis.T
         self.slope, self.wanted = torch.randn(2, n, generator=draw).unbind()
-        self.start = torch.linalg.solve(self.full(torch.full((n,), 1e-6)), self.slope)
 
     def full(self, penalty):
         """The inner Hessian."""
@@ -58,7 +50,7 @@ class Quadratic(Problem):
         return {"penalty": torch.full((len(self.slope),), 1e-6)}
 
     def init_params(self, hparams):
-        return {"x": self.start}
+        return {"x": torch.linalg.solve(self.full(hparams["penalty"]), self.slope)}
 
     def inner_loss(self, params, hparams, batch):
         x = params["x"]
@@ -68,18 +60,12 @@ class Quadratic(Problem):
         return (params["x"] - self.wanted).square().sum() / 2
 
 
+CONTENT = GradientDescent(max_steps=1, atol=1e9)  # with what it is given: the problem starts at the solution
+
+
 def made(problem, method, count=2):
-    """Hypergradients at the solution, which the problem starts at, each step going on from the one before."""
-    solver = GradientDescent(learning_rate=1e-6, max_steps=1, atol=1e9)  # content with what it is given
-    hparams = problem.init_hparams()
-    flat = FlatProblem.of(problem, hparams)
-    params = flat.start(hparams)
-    state, found = start_method(method, flat, solver, params, hparams), []
-    for number in range(count):
-        result = differentiate(method, flat, solver, params, hparams, StepBatches(problem, number), state)
-        params, state = result.params, result.state
-        found.append(result)
-    return found
+    """Hypergradients at the solution, each step with the state of the one before."""
+    return along(problem, method, CONTENT, [problem.init_hparams()] * count)
 
 
 def theory(problem, x, damping=0.0):
@@ -209,27 +195,13 @@ def test_where_the_hessian_is_indefinite_there_is_no_damping(solver, seed):
 def test_no_more_is_damped_than_the_tolerance_allows_when_the_hessian_changes(seed, accuracy):
     problem = Quadratic(seed)
     method = Implicit.auto(linear_solver=ITERATIVE, accuracy=accuracy)
-    results = run_along(problem, method, [10.0, 10.0, 1.0, 0.1, 1e-2, 1e-3])
-    for penalty, result in results[1:]:
+    penalties = [torch.full_like(problem.slope, value) for value in (10.0, 10.0, 1.0, 0.1, 1e-2, 1e-3)]
+    results = along(problem, method, CONTENT, [{"penalty": penalty} for penalty in penalties], warm=False)
+    for penalty, result in zip(penalties[1:], results[1:], strict=True):
         truth = -result.params * torch.linalg.solve(problem.full(penalty), result.params - problem.wanted)
         assert result.receipt.linear_residual <= (SLACK + 1.0) * 0.1 + 1e-9
         assert float((result.gradient["penalty"] - truth).norm()) <= 0.5 * float(truth.norm())
-    assert any(result.receipt.damping > 0 for _, result in results)
-
-
-def run_along(problem, method, penalties):
-    """A hypergradient for each penalty in turn, at the solution for it, with the state of the one before."""
-    content, state, found = GradientDescent(learning_rate=1e-6, max_steps=1, atol=1e9), None, []
-    for value in penalties:
-        penalty = torch.full_like(problem.slope, value)
-        hparams = {"penalty": penalty}
-        flat = FlatProblem.of(problem, hparams)
-        params = torch.linalg.solve(problem.full(penalty), problem.slope)
-        state = start_method(method, flat, content, params, hparams) if state is None else state
-        result = differentiate(method, flat, content, params, hparams, StepBatches(problem, 0), state)
-        state = result.state
-        found.append((penalty, result))
-    return found
+    assert any(result.receipt.damping > 0 for result in results)
 
 
 class Tasks(Problem):

@@ -31,11 +31,7 @@ DESCENT = [DenseLU(), DenseCholesky(), ConjugateGradient(**TIGHT), MINRES(**TIGH
 MODES = {"r": jacrev, "f": jacfwd}
 
 
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def name_of(value):

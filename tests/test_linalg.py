@@ -35,14 +35,7 @@ from bilevel.result import Result, SolveError
 N = 200
 
 
-@pytest.fixture(autouse=True)
-def _float64():
-    threads = torch.get_num_threads()
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)  # matrices of this size gain nothing from more
-    yield
-    torch.set_default_dtype(torch.float32)
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def name_of(value):

@@ -30,11 +30,7 @@ from bilevel.linalg.composite import SharedOperator
 BATCHES = [(), (3,), (2, 3)]
 
 
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def normal(*shape, seed=0):

@@ -47,11 +47,7 @@ GENERAL = [GMRES(restart=100, **TIGHT), BiCGStab(**TIGHT), LSMR(**TIGHT), DenseL
 SYMMETRIC = [MINRES(**TIGHT), ConjugateGradient(**TIGHT), NeumannSeries(rtol=1e-13, max_steps=100_000)]
 
 
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def name_of(value):

@@ -31,11 +31,7 @@ from bilevel.trainer.worthless import Apply, Shrink, Worthless
 DIAGONAL = torch.tensor([3.0, 1.0, -0.5, 2.0], dtype=torch.float64)
 
 
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 class Saddle(Problem):

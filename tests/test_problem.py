@@ -31,12 +31,7 @@ from bilevel.trainer import fit
 from bilevel.trainer.setup import set_up
 from bilevel.tree import Layout, detach, flatten_names, to
 
-
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 class Ridge(Problem):

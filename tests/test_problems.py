@@ -24,12 +24,7 @@ from bilevel.problems.digits_grid import sklearn_c
 from bilevel.solvers import LBFGS, NewtonCG, run
 from bilevel.trainer import fit
 
-
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.mark.parametrize("penalty", [1e-4, 1e-2, 1.0])

@@ -18,12 +18,7 @@ from bilevel.trainer import Callback, Trainer, fit, run
 from bilevel.trainer.checkpoint import load_checkpoint, save_checkpoint
 from bilevel.trainer.setup import set_up
 
-
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 class Shrink(Problem):

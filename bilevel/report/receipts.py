@@ -19,11 +19,25 @@ __all__ = ["receipts"]
 
 
 class _Panel(NamedTuple):
-    """A panel and the entries of the records that it shows."""
+    """A panel and the entries of the records that it shows.
+
+    Attributes:
+        title: above it.
+        keys: of the entries.
+        is_count: whole numbers, from zero on.
+        zero_is_none: zeros throughout are nothing to show.
+    """
 
     title: str
     keys: tuple[str, ...]
     is_count: bool = False
+    zero_is_none: bool = False
+
+    def has_content(self, run: Run) -> bool:
+        """Whether the run has anything to show in it."""
+        shown = numpy.concatenate([run.series(key)[1] for key in self.keys])
+        shown = shown[numpy.isfinite(shown)]
+        return bool(shown.any() if self.zero_is_none else shown.size)
 
 
 _PANELS = (
@@ -32,20 +46,15 @@ _PANELS = (
     _Panel("stationarity of the inner solve", ("receipt.stationarity",)),
     _Panel("relative residual of the linear solve", ("receipt.linear_residual",)),
     _Panel("curvature seen: least and largest", ("receipt.curvature_min", "receipt.curvature_max")),
-    _Panel("damping of the Hessian", ("receipt.damping",)),
+    _Panel("damping of the Hessian", ("receipt.damping",), zero_is_none=True),
     _Panel("hypergradient norm", ("hypergradient_norm",)),
     _Panel("products", ("receipt.products",), is_count=True),
 )
 
 
-def _is_shown(key: str, values: numpy.ndarray) -> bool:
-    """Whether there is anything to see: no damping is nothing."""
-    return bool(numpy.isfinite(values).any() and (key != "receipt.damping" or values.any()))
-
-
 def receipts(run: Run) -> list[Plate]:
-    """The plate of those figures that the run's records have, none where they have nothing."""
-    panels = [panel for panel in _PANELS if any(_is_shown(key, run.series(key)[1]) for key in panel.keys)]
+    """The plate of those figures that the run's records have; none where they have nothing."""
+    panels = [panel for panel in _PANELS if panel.has_content(run)]
     if not panels:
         return []
     biased = [record["step"] for record in run.records if record.get("receipt.biased")]
