@@ -168,7 +168,7 @@ def measure_hypergradients(case: Case, at: CompiledDerivatives, rounds: int, dev
 
 def disagreement(task: Task) -> float:
     """Relative difference of the compiled hypergradient from the eager one in float64."""
-    case = Case.of_task(task.double())
+    case = Case.of_task(task.cast(torch.float64))
     return difference(hypergradient(case, differentiate)(), hypergradient(case, CompiledDerivatives().at)())
 
 

@@ -112,7 +112,7 @@ def measure(task: Task, rounds: int, device: str) -> list[Row]:
     peers, missing = find_peers(task)
     functions = {OURS: ours(task, PRODUCTS), **peers, FLOOR: floor(task, PRODUCTS)}
     seconds = interleaved(functions, rounds, device=device)
-    wide = task.double()
+    wide = task.cast(torch.float64)
     mine = ours(wide, PRODUCTS)()
     rows: list[Row] = []
     for name in functions:

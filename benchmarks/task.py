@@ -107,10 +107,10 @@ class Task:
             solution = run(solver, flat.objective(None), flat.start(decay), decay).params
         return cls(problem, {name: value.clone() for name, value in flat.unravel(solution).items()}, decay)
 
-    def double(self) -> Task:
-        """The same task in float64."""
-        problem = copy.copy(self.problem).to(dtype=torch.float64)
-        return Task(problem, to(self.params, dtype=torch.float64), to(self.decay, dtype=torch.float64))
+    def cast(self, dtype: torch.dtype) -> Task:
+        """The same task in another precision."""
+        problem = copy.copy(self.problem).to(dtype=dtype)
+        return Task(problem, to(self.params, dtype=dtype), to(self.decay, dtype=dtype))
 
     @property
     def name(self) -> str:

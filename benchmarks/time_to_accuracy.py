@@ -2,23 +2,27 @@
 
     python -m benchmarks.time_to_accuracy       (ten minutes; peers take part when installed: pip install 'bilevel[peers]')
 
-The digits on a 64-64-64-10 network with one weight decay for each of its 8,970 parameters, all exp(-9), in float64; the
-inner problem is solved by L-BFGS with a long history, whose curvature pairs one of the preconditioners uses. The truth is a
-dense Cholesky solve. Two figures for each way: the fewest products of a solve whose hypergradient is right to 1e-3, which
+The digits on a 64-64-64-10 network with one weight decay for each of its 8,970 parameters, all exp(-9); the inner problem is
+solved in float64 by L-BFGS with a long history, whose curvature pairs one of the preconditioners uses. The truth is a dense
+Cholesky solve. Two figures for each way: the fewest products of a solve whose hypergradient is right to 1e-3, which
 only somebody who knows the truth can stop at, and the products to a residual of 1e-8. The latter is what plain conjugate
 gradient has to be asked for here: the smallest eigenvalue is some 1e-6 of the largest, and the residual that bounds the
 error by 1e-3 is smaller than the wanted error by as much. The claims about products compare with that; the shares of the
-products at which plain conjugate gradient happens to be right are in the table beside it. Set-up is counted in all. The
-peers are given, as number of steps, what plain conjugate gradient needs for 1e-3: they are stopped by the truth, too.
+products at which plain conjugate gradient happens to be right are in the table beside it. Set-up is counted in all.
+
+The race is run in float64 and, from the same inner solution rounded, in float32: there a product costs half, the accuracy
+is still within reach, and rounding costs plain conjugate gradient many more steps than a preconditioned one. Everybody's
+fastest way in either precision counts. The peers are given, as number of steps, what plain conjugate gradient needs for
+1e-3 in that precision: they are stopped by the truth, too.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -28,7 +32,7 @@ from benchmarks.hypergradient import difference
 from benchmarks.peers import PEERS, Hypergradient, versions
 from benchmarks.task import Task, WeightDecay, draw_weights
 from bilevel.data import load_digits
-from bilevel.flat import FlatProblem, StepBatches
+from bilevel.flat import FlatProblem, StepBatches, natural_hparams
 from bilevel.hypergradient.method import outer_gradients
 from bilevel.linalg import ConjugateGradient, DenseCholesky
 from bilevel.linearisation import Linearisation, linearise, linearise_compiled
@@ -38,8 +42,10 @@ from bilevel.tree import TensorDict
 
 ACCURACY = 1e-3
 SAFE = 1e-8
+MOST = 20_000  # steps
 WIDTHS = (64, 64, 64, 10)
-PLAIN, NYSTROM = "conjugate gradient", "Nystrom"
+OURS, PLAIN, NYSTROM = "bilevel", "conjugate gradient", "Nystrom"
+EAGER, COMPILED = "", ", compiled"
 WAYS: dict[str, Preconditioner] = {
     PLAIN: NoPreconditioner(),
     NYSTROM: Nystrom(rank=100),
@@ -49,6 +55,7 @@ WAYS: dict[str, Preconditioner] = {
     "L-BFGS pairs on Nystrom": LBFGSPairs(Nystrom(rank=50)),
     "L-BFGS pairs on K-FAC": LBFGSPairs(KFAC()),
 }
+RACED = (PLAIN, NYSTROM, "K-FAC", "EKFAC")  # not with pairs, whose application costs more than a product
 
 
 class Digits(WeightDecay):
@@ -73,21 +80,23 @@ class Case:
     Attributes:
         task: what peers are given.
         inner: the inner solve, for the preconditioner that is made of it.
+        truth: the exact hypergradient, in float64.
         flat: its problem between vectors.
         at: the inner problem at its solution.
-        truth: the exact hypergradient.
     """
 
     task: Task
     inner: InnerSolution
+    truth: TensorDict = field(default_factory=dict)
     flat: FlatProblem = field(init=False)
     at: Linearisation = field(init=False)
-    truth: TensorDict = field(init=False)
 
     def __post_init__(self) -> None:
-        """Linearise, and solve densely."""
+        """Linearise, and solve densely where the truth is not known."""
         self.flat = FlatProblem.of(self.task.problem, self.task.decay)
         self.at = linearise(self.flat, LBFGS(), self.inner.params, self.task.decay)
+        if self.truth:
+            return
         solver = DenseCholesky(max_size=len(self.inner.params))
         state = solver.init(self.at.operator)
         solution = solver.compute(state, self.by_params())
@@ -95,11 +104,11 @@ class Case:
         self.truth = {name: -part for name, part in self.at.mixed(solution.value).items()}
 
     @classmethod
-    def make(cls, widths: tuple[int, ...], decay: float, history: int, seed: int) -> Case:
+    def make(cls, widths: tuple[int, ...], decay: float, history: int, seed: int, device: str) -> Case:
         """Draw and train."""
         problem = Digits(widths, decay, seed)
-        problem.to(dtype=torch.float64)
-        hparams = problem.to(dtype=torch.float64).init_hparams()
+        problem.to(device, torch.float64)
+        hparams = natural_hparams(problem)
         flat = FlatProblem.of(problem, hparams)
         with torch.no_grad():
             solver = LBFGS(max_steps=20_000, atol=1e-8, history=history)
@@ -107,6 +116,11 @@ class Case:
         assert inner.result.successful, f"the inner problem is not solved: {inner.result}"
         params = {name: value.clone() for name, value in flat.unravel(inner.params).items()}
         return cls(Task(problem, params, hparams), inner)
+
+    def single(self) -> Case:
+        """The same problem and solution rounded to float32; the truth stays."""
+        inner = replace(self.inner, params=self.inner.params.float())
+        return Case(self.task.cast(torch.float32), inner, self.truth)
 
     def by_params(self) -> Tensor:
         """The right-hand side."""
@@ -126,9 +140,13 @@ class Case:
         gradient = {name: -part for name, part in at.mixed(solution.value).items()}
         return Answer(gradient, prepared, int(solution.num_mv))
 
+    def timed(self, way: Preconditioner, steps: int, compiled: bool) -> Hypergradient:
+        """As a peer's function."""
+        return lambda: self.hypergradient(way, None, steps, compiled).gradient
+
     def error(self, gradient: TensorDict) -> float:
         """Relative to the truth."""
-        return difference(self.truth, gradient)
+        return difference(self.truth, {name: value.double() for name, value in gradient.items()})
 
 
 @dataclass(frozen=True)
@@ -149,6 +167,7 @@ def fewest(case: Case, way: Preconditioner) -> tuple[int, float]:
     high = 16
     while error(high) > ACCURACY:
         high *= 2
+        assert high <= MOST, "this way does not reach the accuracy in this precision"
     low = high // 2
     while high - low > 1:
         middle = (low + high) // 2
@@ -161,7 +180,7 @@ def count(case: Case) -> list[Row]:
     rows: list[Row] = []
     for name, way in WAYS.items():
         steps, error = fewest(case, way)
-        safe = case.hypergradient(way, SAFE, 20_000)
+        safe = case.hypergradient(way, SAFE, MOST)
         setup = safe.prepared.num_mv
         rows.append({"way": name, "set-up": setup, "products to 1e-3": setup + steps, "error": error,
                      "products to residual 1e-8": setup + safe.num_mv})  # fmt: skip
@@ -173,56 +192,50 @@ def count(case: Case) -> list[Row]:
     return rows
 
 
-def peers(case: Case, steps: int) -> tuple[dict[str, Hypergradient], list[Row]]:
-    """Those that reach the accuracy, and rows for the others."""
-    found: dict[str, Hypergradient] = {}
+def race(cases: Sequence[Case], rounds: int, device: str) -> list[Row]:
+    """Wall time of the whole hypergradient, set-up included, of all that reach the accuracy; rows for the others."""
+    runners: dict[str, tuple[Row, Case, Hypergradient]] = {}
     missing: list[Row] = []
-    for name, build in PEERS.items():
-        try:
-            function = build(case.task, steps)
-            error = case.error(function())
-        except ImportError as reason:
-            missing.append({"library": name, "note": f"not installed ({reason.name or reason})"})
-            continue
-        if error > 1.1 * ACCURACY:
-            missing.append({"library": name, "steps": steps, "error": error, "note": "does not reach 1e-3"})
-        else:
-            found[name] = function
-    return found, missing
-
-
-def race(case: Case, rows: list[Row], rounds: int) -> list[Row]:
-    """Wall time of the whole hypergradient, set-up included; not with pairs, whose application costs more than a product."""
-    steps = {row["way"]: row["products to 1e-3"] - row["set-up"] for row in rows}
-    functions: dict[str, Any] = {}
-    for way in (PLAIN, NYSTROM, "K-FAC", "EKFAC"):
-        for kind, compiled in (("", False), (", compiled", True)):
-            functions[f"bilevel, {way}{kind}"] = partial(case.hypergradient, WAYS[way], None, steps[way], compiled)
-    others, missing = peers(case, steps[PLAIN])
-    seconds = interleaved({**functions, **others}, rounds)
-    found = []
-    for name, spent in seconds.items():
-        mine = name in functions
-        gradient = functions[name]().gradient if mine else others[name]()
-        found.append({"library": name, "steps": steps[name.split(", ")[1]] if mine else steps[PLAIN],
-                      "ms": 1e3 * spent, "error": case.error(gradient)})  # fmt: skip
+    for case in cases:
+        precision = str(case.at.params.dtype).removeprefix("torch.")
+        steps = {name: fewest(case, WAYS[name])[0] for name in RACED}
+        for name, kind in product(RACED, (EAGER, COMPILED)):
+            row = {"library": f"{OURS}, {name}{kind}", "precision": precision, "steps": steps[name]}
+            runners[f"{row['library']}, {precision}"] = row, case, case.timed(WAYS[name], steps[name], kind == COMPILED)
+        for name, build in PEERS.items():
+            row = {"library": name, "precision": precision, "steps": steps[PLAIN]}
+            try:
+                function = build(case.task, steps[PLAIN])
+                error = case.error(function())
+            except ImportError as reason:
+                missing.append({**row, "note": f"not installed ({reason.name or reason})"})
+                continue
+            if error > 1.1 * ACCURACY:
+                missing.append({**row, "error": error, "note": "does not reach 1e-3"})
+            else:
+                runners[f"{name}, {precision}"] = row, case, function
+    seconds = interleaved({key: function for key, (_, _, function) in runners.items()}, rounds, device=device)
+    found = [
+        {**row, "ms": 1e3 * seconds[key], "error": case.error(function())}
+        for key, (row, case, function) in runners.items()
+    ]
     return found + missing
 
 
 def main(argv: list[str] | None = None) -> int:
     """Count, race, judge."""
-    options = parse(str(__doc__).splitlines()[0], argv, device=False)
+    options = parse(str(__doc__).splitlines()[0], argv)
     if options.quick:
-        case = Case.make((64, 8, 10), math.exp(-5), 50, seed=0)
+        case = Case.make((64, 8, 10), math.exp(-5), 50, 0, options.device)
     else:
-        case = Case.make(WIDTHS, math.exp(-9), 300, seed=0)
+        case = Case.make(WIDTHS, math.exp(-9), 300, 0, options.device)
     rows = count(case)
     print(table(rows))
-    times = race(case, rows, 1 if options.quick else 5)
+    times = race([case, case.single()], 1 if options.quick else 5, options.device)
     print()
     print(table(times))
     by_way = {row["way"]: row for row in rows}
-    ours = [row["ms"] for row in times if row["library"].startswith("bilevel")]
+    ours = [row["ms"] for row in times if row["library"].startswith(OURS)]
     theirs = [row["ms"] for row in times if row["library"] in PEERS and "ms" in row]
     claims = [
         Claim("products with Nystrom over plain conjugate gradient's to the safe residual",

@@ -2,7 +2,8 @@
 
     python -m benchmarks.tuning            (two hours on two cores: the tuning, and telling equals apart, take them)
 
-`--runs FILE` keeps every finished run in a file, and takes from it those that an earlier command, cut short, has made.
+`--runs FILE` keeps every finished run in a file, and takes from it those that an earlier command, cut short, has made. Where
+the code has changed since, the first and the last run of each method are made again, and have to come out the same.
 
 For the rivals the tuning is done here: conjugate gradient with a fixed number of steps K and a damping alpha added to the
 Hessian, and the Neumann series with K terms and step size alpha, both from zero in every outer step, as iMAML and the
@@ -20,8 +21,6 @@ reaches down to 1 (the other is not better by more than chance) and that it ends
 
 from __future__ import annotations
 
-import ast
-import json
 import statistics
 import sys
 import warnings
@@ -29,7 +28,6 @@ from argparse import ArgumentParser
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
-from hashlib import sha256
 from itertools import product
 from math import exp, log
 from multiprocessing import get_context
@@ -40,9 +38,11 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from benchmarks import common
 from benchmarks.common import Claim, Row, experiment_parts, finish, parse, table
+from benchmarks.kept import Kept
 from bilevel import fit
-from bilevel.errors import ConvergenceWarning, UsageError
+from bilevel.errors import ConvergenceWarning
 from bilevel.hypergradient import HypergradientMethod, Implicit
 from bilevel.hypergradient.negative_curvature import Handled, NegativeCurvature, System
 from bilevel.linalg import ConjugateGradient, LinearOperator, LinearSolver, NeumannSeries, damped
@@ -57,7 +57,7 @@ FINALS, FINALISTS = range(14, 22), 3  # further starts for the best few settings
 JUDGED = range(100, 228)  # starts that nothing was chosen by
 FEWER = 32  # of them, for the rival that is not the better one
 SHARE = 0.5  # of the products of the best setting
-NO_PART = ("diagnostics", "report")  # of the library, in a run: certificates, plans and pictures
+SOURCES = (Path(__file__), Path(common.__file__))  # besides the library and the configuration
 MARGIN = 1.05  # ratio of two losses below which they count as the same
 
 
@@ -176,36 +176,27 @@ class Runs:
     Args:
         pool: makes them.
         keys: changes of the experiment, as on its command line.
-        file: where finished runs are kept, a line each, and taken from; None for nowhere.
+        file: where finished runs are kept, and taken from (`Kept`); None for nowhere.
 
     Raises:
-        UsageError: the file holds runs of other code or other keys.
+        UsageError: the file does not serve.
     """
 
     def __init__(self, pool: Executor, keys: tuple[str, ...] = (), file: Path | None = None) -> None:
         """Take what the file holds."""
-        self.pool, self.keys, self.file = pool, keys, file
-        self.made: dict[tuple[Setting, int], Row] = {}
-        if file is None:
-            return
-        head = {"code": fingerprint(), "keys": list(keys)}
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(head) + "\n")
-            return
-        text = file.read_text()
-        whole = text[: text.rfind("\n") + 1]  # without a line that was cut short while it was written
-        first, *lines = whole.splitlines() or [""]
-        if first != json.dumps(head):
-            raise UsageError(
-                f"{file} holds no runs, or runs of other code or of other keys: give the name of a new file."
-            )
-        if whole != text:
-            with file.open("r+b") as cut:
-                cut.truncate(len(whole.encode()))
-        for line in lines:
-            row = json.loads(line)
-            self.made[setting_of(row), row["seed"]] = row
+        self.pool, self.keys = pool, keys
+        self.kept = None if file is None else Kept(file, SOURCES, keys, self.remake)
+        self.made = {(setting_of(row), row["seed"]): row for row in (self.kept.rows if self.kept else [])}
+
+    def remake(self, rows: list[Row]) -> Iterable[tuple[Row, Row]]:
+        """The first and the last run of each method, beside what they give now."""
+        by_method: dict[str, list[Row]] = {}
+        for row in rows:
+            by_method.setdefault(row["method"], []).append(row)
+        chosen = [row for same in by_method.values() for row in ([same[0], same[-1]] if len(same) > 1 else same)]
+        print(f"the code has changed: making {len(chosen)} of {len(rows)} kept runs again", flush=True)
+        tasks = [(setting_of(row), row["seed"], self.keys) for row in chosen]
+        return zip(chosen, self.pool.map(outer_run, tasks), strict=True)
 
     @property
     def rows(self) -> list[Row]:
@@ -231,9 +222,8 @@ class Runs:
         tasks = [(one, seed, self.keys) for seed in seeds for one in settings if (one, seed) not in self.made]
         for number, row in enumerate(self.pool.map(outer_run, tasks), start=1):
             self.made[setting_of(row), row["seed"]] = row
-            if self.file is not None:
-                with self.file.open("a") as lines:
-                    lines.write(json.dumps(row) + "\n")
+            if self.kept is not None:
+                self.kept.add(row)
             print(f"run {number} of {len(tasks)}", end="\r", file=sys.stderr, flush=True)
         means = [Mean(one, tuple(self.made[one, seed] for seed in (*starts, *seeds))) for one in settings]
         means.sort(key=lambda mean: (mean.setting.method != AUTO, mean.setting.method, mean.of("validation loss")))
@@ -244,32 +234,6 @@ class Runs:
 def setting_of(row: Row) -> Setting:
     """Of a run."""
     return Setting(row["method"], row["K"], row["alpha"])
-
-
-def fingerprint() -> str:
-    """Of everything that a run depends on: the library, the configuration, this file and torch's version."""
-    root = Path(__file__).parent.parent
-    library = (path for path in root.glob("bilevel/**/*.py") if path.relative_to(root).parts[1] not in NO_PART)
-    sources = sorted([*library, *(root / "benchmarks" / name for name in ("common.py", "tuning.py"))])
-    parts = [torch.__version__, *(meaning(path.read_text()) for path in sources)]
-    parts += [path.read_text() for path in sorted(root.glob("conf/**/*.yaml"))]
-    return sha256("\0".join(parts).encode()).hexdigest()
-
-
-def meaning(source: str) -> str:
-    r"""The syntax tree of a module without docstrings: what is left when comments and documentation are not counted.
-
-    Example:
-        >>> meaning("def f():\n    'A docstring.'\n    return 1") == meaning("def f(): return 1  # a comment")
-        True
-        >>> meaning("def f(): return 1") == meaning("def f(): return 2")
-        False
-    """
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-            del node.body[0]
-    return ast.dump(tree)
 
 
 def best(means: Iterable[Mean], method: str, number: int) -> list[Setting]:

@@ -229,8 +229,29 @@ def test_tuning_that_was_cut_short_goes_on_from_its_file(tmp_path):
     found = tune(Runs(again, file=file), GRID, STARTS)
     assert found == tune(Runs(Pool()), GRID, STARTS)
     assert not set(pool.tasks) & set(again.tasks) and len(pool.tasks) + len(again.tasks) == 16 + 12 + 80 + FEWER
-    with pytest.raises(UsageError, match="or runs of other code or of other keys"):
+    with pytest.raises(UsageError, match="or runs of other keys"):
         Runs(Pool(), ("seed=1",), file)
-    file.write_text(file.read_text().replace('"code": "', '"code": "0'))
-    with pytest.raises(UsageError, match="or runs of other code"):
-        Runs(Pool(), file=file)
+
+
+@pytest.mark.parametrize("change", [None, (0, "validation loss"), (-1, "products")])
+def test_runs_of_other_code_are_taken_where_it_gives_the_same(change, tmp_path):
+    file = tmp_path / "runs.jsonl"
+    found = tune(Runs(Pool(), file=file), GRID, STARTS)
+    head, *lines = file.read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    if change is not None:
+        place, figure = change
+        rows[place][figure] += 1e-12
+    old = head.replace('"code": "', '"code": "0')
+    file.write_text("\n".join([old, *map(json.dumps, rows)]) + "\n")
+    pool = Pool()
+    if change is not None:
+        with pytest.raises(UsageError, match=r"come out differently now: .* was expected, and .* came"):
+            Runs(pool, file=file)
+        assert file.read_text().startswith(old)
+        return
+    assert tune(Runs(pool, file=file), GRID, STARTS) == found
+    assert len(pool.tasks) == 2 * 3  # the first and the last of each method
+    assert file.read_text().splitlines() == [head, *lines]
+    Runs(pool, file=file)
+    assert len(pool.tasks) == 2 * 3  # and only once

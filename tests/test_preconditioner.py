@@ -776,19 +776,30 @@ def test_the_diagonal_of_a_penalty_is_exact_where_it_is_diagonal_and_a_mean_of_t
     assert penalty_diagonal(linearised(InOnePiece())) is None
 
 
-def test_blocks_and_diagonal_act_on_their_own_entries():
-    index = torch.tensor([[4, 0], [2, 5]])
-    left, right, values = normal(2, 2, 2), normal(2, 2, 2, seed=1), 1 + normal(2, 2, 2, seed=2).square()
-    operator = BlockKroneckerInverse(
-        IdentityOperator(6, (2,)), [KroneckerBlock(index, left, right, values)], 2 + torch.zeros(2, 6)
-    )
-    matrix = as_matrix(operator)
-    for task in range(2):
-        basis = torch.kron(left[task], right[task])
-        inside = basis @ torch.diag(1 / values[task].flatten()) @ basis.T
-        where = index.flatten()
-        torch.testing.assert_close(matrix[task][where][:, where], inside)
-        assert matrix[task].diagonal()[[1, 3]].tolist() == [0.5, 0.5] and float(matrix[task][1].abs().sum()) == 0.5
+@pytest.mark.parametrize("indices", [
+    [[[4, 0], [2, 5]]],
+    [[[4, 0], [2, 5]], [[7, 6], [8, 10]]],  # two of one shape
+    [[[4, 0], [2, 5]], [[9, 6, 7]], [[12, 10], [11, 8]], [[13], [14]]],  # and others between and after them
+], ids=["one", "two of one shape", "three shapes"])  # fmt: skip
+def test_blocks_and_diagonal_act_on_their_own_entries(indices):
+    n, blocks = 15, []
+    for seed, index in enumerate(map(torch.tensor, indices)):
+        p, q = index.shape
+        left, right = normal(2, p, p, seed=3 * seed), normal(2, q, q, seed=3 * seed + 1)
+        blocks.append(KroneckerBlock(index, left, right, 1 + normal(2, p, q, seed=3 * seed + 2).square()))
+    operator = BlockKroneckerInverse(IdentityOperator(n, (2,)), blocks, 2 + torch.zeros(2, n))
+    expected = 0.5 * torch.eye(n, dtype=torch.float64).repeat(2, 1, 1)
+    for block in blocks:
+        where = block.index.flatten()
+        for task in range(2):
+            basis = torch.kron(block.left[task], block.right[task])
+            expected[task][where.unsqueeze(1), where] = basis @ torch.diag(1 / block.values[task].flatten()) @ basis.T
+    torch.testing.assert_close(as_matrix(operator), expected)
+    kept = {tuple(block.index.flatten().tolist()): block for block in operator.blocks}
+    for block in blocks:
+        same = kept.pop(tuple(block.index.flatten().tolist()))
+        assert all(torch.equal(getattr(same, name), getattr(block, name)) for name in ("left", "right", "values"))
+    assert not kept
 
 
 class InOnePiece(Problem):

@@ -15,6 +15,8 @@ from bilevel.hypergradient.negative_curvature import Handled, NegativeCurvature,
 from bilevel.linalg import Tag
 from bilevel.result import Result, Solution
 
+MAX_ROUNDS = 10  # of less damping; each comes closer to what was asked for
+
 
 def solve_adjoint(
     system: System, policy: NegativeCurvature, x0: Tensor | None = None, damping: Damping | None = None
@@ -29,17 +31,8 @@ def solve_adjoint(
             that is as far below zero as the damping would become zero.
     """
     solution = system.solve(system.operator, x0)
-    for _ in range(MAX_ROUNDS):
-        if damping is None or system.damping is None:
-            break
-        indefinite = bool(met(solution).any())
-        less = None if indefinite else damping.revised(system.damping, system.rtol, system.vector, solution.value)
-        if less is None and not indefinite:
-            break
-        system = system._replace(damping=less)
-        again = system.solve(system.operator, x0 if indefinite else solution.value)
-        everyone = torch.ones_like(solution.result, dtype=torch.bool)
-        solution = replace(solution.continued_by(again, everyone), method=again.method)
+    if damping is not None:
+        system, solution = _with_less(system, solution, damping, x0)
     biased = (f"{type(system.solver).__name__} replaces the inverse Hessian",) * system.solver.biased
     if damping is not None and damping.biased and system.damping is not None:
         biased += (f"the Hessian is damped by {float(system.damping.max()):.3g}",)
@@ -51,7 +44,20 @@ def solve_adjoint(
     return Handled(solution, biased, system.damping)
 
 
-MAX_ROUNDS = 10  # of less damping; each comes closer to what was asked for
+def _with_less(system: System, solution: Solution, damping: Damping, x0: Tensor | None) -> tuple[System, Solution]:
+    """The solve continued with less damping while the solution shows that it was too much; anew where it has to be none."""
+    for _ in range(MAX_ROUNDS):
+        if system.damping is None:
+            break
+        indefinite = bool(met(solution).any())
+        less = None if indefinite else damping.revised(system.damping, system.rtol, system.vector, solution.value)
+        if less is None and not indefinite:
+            break
+        system = system._replace(damping=less)
+        again = system.solve(system.operator, x0 if indefinite else solution.value)
+        everyone = torch.ones_like(solution.result, dtype=torch.bool)
+        solution = replace(solution.continued_by(again, everyone), method=again.method)
+    return system, solution
 
 
 def describe_linear(solution: Solution, rhs: Tensor) -> dict[str, Any]:

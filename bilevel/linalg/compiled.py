@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree  # torch has no public name for it, an
 from bilevel.linalg.differentiate import Derivatives, Function, differentiate
 from bilevel.linalg.fused import Arithmetic, compile_graph, fused, layout
 from bilevel.linalg.operator import LinearOperator, Tag
+from bilevel.linalg.replay import replayed
 from bilevel.linalg.tracing import Part, Untraceable, split, trace
 from bilevel.tree import TensorDict
 
@@ -195,13 +196,14 @@ class _Run(NamedTuple):
     call: Callable[..., Sequence[Tensor]]
     reads: list[int]
 
-    def bind(self, kept: Sequence[Tensor]) -> Callable[[Tensor], Sequence[Tensor]]:
+    def bind(self, kept: Sequence[Tensor], device: torch.device) -> Callable[[Tensor], Sequence[Tensor]]:
         """As a function of its vector at the point where these tensors were kept."""
         values = [kept[index] for index in self.reads]
+        call = replayed(lambda vector: self.call(*values, vector), device)
 
         def run(vector: Tensor) -> Sequence[Tensor]:
             with torch.no_grad():
-                return self.call(*values, vector.contiguous())
+                return call(vector.contiguous())
 
         return run
 
@@ -250,7 +252,9 @@ class _Program(NamedTuple):
         assert [layout(tensor) for tensor in kept] == self.layouts, (
             "kept tensors are laid out as when they were compiled"
         )
-        product, transposed, mixed = (part.bind(kept) for part in (self.product, self.transposed, self.mixed))
+        product, transposed, mixed = (
+            part.bind(kept, inputs.point.device) for part in (self.product, self.transposed, self.mixed)
+        )
         jacobian = CompiledOperator(
             lambda v: product(v)[0], lambda v: transposed(v)[0], inputs.point, optimality, self.tags
         )

@@ -17,13 +17,17 @@ Arithmetic = Callable[..., tuple[Tensor, ...]]  # (inner, *tensors) -> tensors
 # a fifth of a small product. What it would guard is known: sizes and strides are part of a program's key. Without the
 # pattern matcher, sums of matrix products join the elementwise kernels beside them; with it they become `addmm`, which
 # copies the summand first.
-OPTIONS = {"cpp_wrapper": True, "pattern_matcher": False, "size_asserts": False, "alignment_asserts": False}
+OPTIONS = {"pattern_matcher": False, "size_asserts": False, "alignment_asserts": False}
 
 
 def compile_graph(graph: torch.fx.GraphModule, example: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
     """A traced graph as machine code for inputs that are laid out as the example."""
     arguments: list[Any] = list(example)
-    compiled: Callable[..., Sequence[Tensor]] = torch._inductor.compile(graph, arguments, options=OPTIONS)
+    # A C++ wrapper calls the kernels faster than a Python one. For a GPU it takes minutes to build, and a recording of the
+    # kernels (`bilevel.linalg.replay`) needs neither.
+    wrapper = all(tensor.device.type == "cpu" for tensor in example)
+    options = {**OPTIONS, "cpp_wrapper": wrapper}
+    compiled: Callable[..., Sequence[Tensor]] = torch._inductor.compile(graph, arguments, options=options)
     return compiled
 
 
