@@ -49,7 +49,9 @@ class Case:
         loss: `(x, args, data) -> ()`.
         point: `x`.
         args: what the mixed product differentiates by.
-        task: the bilevel problem, if there is one.
+        task: the bilevel problem that other libraries are given, if there is one.
+        rows: training examples of a network of dense layers.
+        weights: of its layers; none for other networks.
     """
 
     name: str
@@ -57,12 +59,15 @@ class Case:
     point: Tensor
     args: TensorDict = field(default_factory=dict)
     task: Task | None = None
+    rows: int = 0
+    weights: TensorDict = field(default_factory=dict)
 
     @classmethod
     def of_task(cls, task: Task) -> Case:
         """The inner loss of a task at its solution."""
         flat = FlatProblem.of(task.problem, task.decay)
-        return cls(task.name, inner_loss(flat), flat.layout.ravel(task.params), task.decay, task)
+        rows = len(task.problem.train_inputs)
+        return cls(task.name, inner_loss(flat), flat.layout.ravel(task.params), task.decay, task, rows, task.params)
 
     @classmethod
     def of_digits(cls, dtype: torch.dtype, device: str) -> Case:
@@ -72,9 +77,9 @@ class Case:
         flat = FlatProblem.of(problem, decay)
         point = flat.start(decay)
         noise = torch.randn(point.shape, generator=torch.Generator().manual_seed(0)).to(point)
-        return cls(
-            f"digits_mlp, {str(dtype).removeprefix('torch.')}, 1 thread", inner_loss(flat), point + 0.01 * noise, decay
-        )
+        name = f"digits_mlp, {str(dtype).removeprefix('torch.')}, 1 thread"
+        weights = dict(flat.unravel(point))
+        return cls(name, inner_loss(flat), point + 0.01 * noise, decay, None, len(problem.x), weights)
 
     @classmethod
     def of_network(cls, network: Network) -> Case:
@@ -126,9 +131,9 @@ def measure_products(case: Case, at: CompiledDerivatives, rounds: int, device: s
     for name, way in ways.items():
         functions[name] = partial(product, name)
         functions[f"{name}, setup"] = partial(way, case.loss, case.point, case.args)
-    if case.task is not None:
-        functions[FLOOR] = floor(case.task, PRODUCTS)
-        functions[f"{FLOOR}, setup"] = floor(case.task, 0)
+    if case.weights:
+        functions[FLOOR] = floor(case.rows, case.weights, PRODUCTS)
+        functions[f"{FLOOR}, setup"] = floor(case.rows, case.weights, 0)
     seconds = interleaved(functions, rounds, device=device)
     eager, compiled = seconds[EAGER] / repeats, seconds[COMPILED] / repeats
     spent = sum(at.seconds.values())
@@ -140,7 +145,7 @@ def measure_products(case: Case, at: CompiledDerivatives, rounds: int, device: s
     ]  # fmt: skip
     if fallback is not None:
         rows[1]["note"] = fallback
-    if case.task is not None:
+    if case.weights:
         each = (seconds[FLOOR] - seconds[f"{FLOOR}, setup"]) / PRODUCTS
         rows.append({"problem": case.name, "product": FLOOR, "ms": 1e3 * each, "times faster": eager / each})
     return rows
@@ -156,7 +161,7 @@ def measure_hypergradients(case: Case, at: CompiledDerivatives, rounds: int, dev
         functions[JAX] = PEERS[JAX](task, PRODUCTS)
     except ImportError as error:
         missing = [{"problem": case.name, "hypergradient": JAX, "note": f"not installed ({error.name or error})"}]
-    functions[FLOOR] = floor(task, PRODUCTS)
+    functions[FLOOR] = floor(case.rows, case.weights, PRODUCTS)
     seconds = interleaved(functions, rounds, device=device)
     equal = {name: spent * PRODUCTS / (PRODUCTS + EXTRA.get(name, 0)) for name, spent in seconds.items()}
     return [

@@ -60,12 +60,17 @@ def ours(task: Task, num_steps: int) -> Hypergradient:
     return compute
 
 
-def floor(task: Task, num_products: int) -> Hypergradient:
+def floor(rows: int, params: TensorDict, num_products: int) -> Hypergradient:
     """The matrix products that nobody gets around: two for the first layer and six for each other one, a product.
 
     Twice two and three more for the inner and the outer gradient; the mixed product costs none for a weight decay.
+
+    Args:
+        rows: training examples.
+        params: of the network; its layers are those with two dimensions.
+        num_products: Hessian products.
     """
-    rows, layers = len(task.problem.train_inputs), [v for v in task.params.values() if v.ndim == 2]
+    layers = [v for v in params.values() if v.ndim == 2]
     operands = [(torch.ones(rows, w.shape[1]).to(w), w, torch.ones(rows, w.shape[0]).to(w)) for w in layers]
 
     def times(count: int, inputs: Tensor, weight: Tensor, outputs: Tensor) -> None:
@@ -110,7 +115,11 @@ def difference(mine: TensorDict, theirs: TensorDict) -> float:
 def measure(task: Task, rounds: int, device: str) -> list[Row]:
     """One row for each library."""
     peers, missing = find_peers(task)
-    functions = {OURS: ours(task, PRODUCTS), **peers, FLOOR: floor(task, PRODUCTS)}
+    functions = {
+        OURS: ours(task, PRODUCTS),
+        **peers,
+        FLOOR: floor(len(task.problem.train_inputs), task.params, PRODUCTS),
+    }
     seconds = interleaved(functions, rounds, device=device)
     wide = task.cast(torch.float64)
     mine = ours(wide, PRODUCTS)()
