@@ -1,6 +1,7 @@
 """The planner: prices on made-up unit costs, counts and memory against what really happens, recommendations, the command."""
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -11,14 +12,14 @@ from itertools import pairwise
 import pytest
 import torch
 
-from bilevel import Positive, Problem, plan
+from bilevel import Positive, Problem, fit, plan
 from bilevel.cli.main import main
 from bilevel.diagnostics import Budget, Forecast, cost
 from bilevel.diagnostics.bench import Bench, Candidate, reach
 from bilevel.diagnostics.cost import Cost, Line, Recorded, Units, Work, forecast
 from bilevel.diagnostics.forecast import recommend
 from bilevel.diagnostics.meter import held_bytes, peak_bytes, seconds_of
-from bilevel.diagnostics.pilot import Pilot
+from bilevel.diagnostics.pilot import Made, Pilot
 from bilevel.diagnostics.planner import _steps_seconds
 from bilevel.diagnostics.trials import InnerTrial, Site, try_inner, try_linear, try_recorded
 from bilevel.errors import UsageError
@@ -35,6 +36,7 @@ from bilevel.linalg import GMRES, MINRES, AutoSolver, ConjugateGradient, Neumann
 from bilevel.preconditioner import Nystrom
 from bilevel.solvers import LBFGS, AndersonAcceleration, GradientDescent, InnerResult, NewtonCG
 from bilevel.trainer import Trainer
+from bilevel.trainer.nonfinite import Raise, Skip
 
 CPU = torch.device("cpu")
 SHORT = Trainer(num_steps=3)
@@ -187,49 +189,50 @@ def test_a_line_never_falls_nor_begins_below_zero(few, many, expected):
 
 
 @pytest.mark.parametrize(
-    ("counts", "cold", "expected"),
+    ("made", "steps", "expected"),
     [
-        ([5, 5, 5, 5], False, [5, 5, 5]),
-        ([99, 5, 5, 5], True, [5, 5, 5]),  # the cold start says nothing of warm ones
-        ([99, 5, 5, 5], False, [0, 0, 0]),  # unless every start is as cold: then it falls, but not below zero
-        ([2, 4, 6, 8], False, [7 + 1, 7 + 1.5, 7 + 1.75]),
-        ([9], True, [9, 9, 9]),
-        ([9, 4], True, [4, 4, 4]),
+        ({2: 10.0, 6: 30.0, 8: 20.0}, [3, 4, 5, 7, 9], [15, 20, 25, 25, 20]),
+        ({1.5: 10.0, 6: 30.0}, [0, 2, 3], [10, 10 + 20 / 9, 10 + 60 / 9]),  # the mean of steps 1 and 2
+        ({1: 7.0}, [2, 30], [7, 7]),  # nothing further on is known
+        ({1: 7.0}, [], []),
     ],
-)  # fmt: skip
-def test_the_work_of_later_steps(counts, cold, expected):
-    assert forecast(counts, 3, cold=cold) == pytest.approx(expected)
+)
+def test_the_work_of_steps_that_were_not_made(made, steps, expected):
+    assert forecast(made, steps) == pytest.approx(expected)
 
 
 def pilot_of(**changes):
     values = {
-        "num_steps": 5, "num_checkpoints": 2, "warm_start": True, "set_up_seconds": 10.0, "step_seconds": (50.0, 60.0),
-        "work": (Work(9, 0, 2), Work(4, 1, 1)), "beside_seconds": 0.5, "checkpoint_seconds": 0.25, "held_bytes": 1e6,
-        "peak_before": 1.5e6, "peak_bytes": 2e6,
+        "num_steps": 5, "num_checkpoints": 2, "warm_start": True, "set_up_seconds": 10.0,
+        "first": (Made(0, 50.0, Work(9, 0, 2)), Made(1, 60.0, Work(4, 1, 1))), "later": (Made(4, 80.0, Work(1, 1, 4)),),
+        "beside_seconds": 0.5, "checkpoint_seconds": 0.25, "held_bytes": 1e6, "peak_before": 1.5e6, "peak_bytes": 2e6,
     }  # fmt: skip
     return Pilot(**{**values, **changes})
 
 
 def test_a_run_is_what_was_made_and_what_is_forecast():
     pilot = pilot_of()
-    # modelled: 12 + 9 + 4 = 25 and 12 + 4 + 4 = 20; they took 2 and 3 times as long: 2.5 in the median
-    ahead = (
-        12 + 4 * 1.0 + (1 + 1) * 2.0
-    )  # gradients and inner products as in the warm step; products: mean 1.5, slope -1
-    products = [1.5 - 0.5, 1.5 - 0.75, 1.5 - 0.875]
-    steps = 110 + 2.5 * sum(ahead - 2.0 + 2.0 * one for one in products)
+    # modelled: 12 + 9 + 4 = 25, 12 + 4 + 4 = 20 and 12 + 1 + 10 = 23; the median of 50 / 25, 60 / 20 and 80 / 23 is 3
+    assert [vars(one) for one in pilot.work()] == [
+        vars(Work(9, 0, 2)), vars(Work(4, 1, 1)), vars(Work(3, 1, 2)), vars(Work(2, 1, 3)), vars(Work(1, 1, 4)),
+    ]  # fmt: skip
+    steps = 110 + 3 * (3 * 12 + (3 + 2 + 1) + 2 * (3 + 2 + 3 + 4))
     assert pilot.around_seconds == 10 + 5 * 0.5 + 2 * 0.25
     assert pilot.run_seconds(UNITS) == pytest.approx(13 + steps, rel=1e-12)
+
+
+def test_a_cold_start_is_typical_only_where_every_start_is_cold():
+    first = (Made(0, 50.0, Work(9, 0, 2)), Made(1, 60.0, Work(4, 1, 1)))
+    warm, cold = (pilot_of(first=first, later=(), warm_start=warm).future() for warm in (True, False))
+    assert warm == [Work(4, 1, 1)] * 3 and cold == [Work(6.5, 0.5, 1.5)] * 3
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        (
-            {"grows": True},
-            66 + 5 * (12 + 0.5375 * 20),
-        ),  # inner: twice its units, 2 (25 + 8); products: 5.375 in 5 steps
-        ({"grows": False}, 66 + 5 * (12 + 20)),
+        # inner: twice its units, 2 (19 + 8); products: 12 in 5 steps that began with 2
+        ({"grows": True}, 54 + 5 * (12 + 1.2 * 20)),
+        ({"grows": False}, 54 + 5 * (12 + 20)),
         ({"inner_seconds": None}, 5 * 50),
     ],
 )
@@ -433,7 +436,7 @@ def test_a_number_that_is_as_accurate_as_a_step_needs_is_not_called_exact():
 
 def test_a_plan_says_what_was_measured_and_what_was_not(ridge):
     first, *others = ridge.basis
-    assert "the first 2 of 3 outer steps" in first and "the other 1 are extrapolated" in first
+    assert "the first 2 of 3 outer steps" in first and "the other 1 are taken to do as much as these" in first
     assert any("gradient" in one and "product" in one and "ms" in one for one in others)
     assert any("NewtonCG" in one and "all made" in one for one in others)
     assert any("GradientDescent" in one for one in others)  # the methods that record steps need another solver
@@ -536,6 +539,54 @@ def test_a_solver_that_gets_less_far_is_second_choice():
 def test_an_unfinished_inner_solve_is_no_exact_number():
     found = plan(Ridge(), solver=LBFGS(max_steps=3), trainer=SHORT, pilot_steps=1, allowance=0.5)
     assert found.configured.short == "the inner solve ends with max_steps" and found.configured.rank == 1
+
+
+class Hardening(Ridge):
+    """Ill-conditioned without its penalties, which the outer loss wants small: solves take longer and longer."""
+
+    def __init__(self):
+        super().__init__()
+        self.x = self.x * torch.tensor([1.0, 1.0, 1.0, 0.1, 0.1, 0.1])
+
+    def init_hparams(self):
+        return {"penalty": torch.full((6,), 1.0)}
+
+    def outer_loss(self, params, hparams, batch):
+        return (self.x @ params["w"] - self.y).square().mean()
+
+
+@pytest.mark.parametrize(("optimizer", "rate"), [(torch.optim.Adam, 0.06), (torch.optim.NAdam, 0.06)])
+def test_later_steps_tell_of_work_that_changes_along_the_run(optimizer, rate):
+    parts = {
+        "solver": GradientDescent(max_steps=5000, atol=1e-9), "hypergradient": Implicit(linear_solver=ConjugateGradient()),
+        "optimizer": functools.partial(optimizer, lr=rate), "trainer": Trainer(num_steps=40),
+    }  # fmt: skip
+    real = sum(record["receipt.inner_gradients"] for record in fit(Hardening(), **parts).history)
+    pilot = plan(Hardening(), **parts, allowance=60.0).pilot
+    predicted = sum(one.gradients for one in pilot.work())
+    as_at_first = 40 * sum(one.work.gradients for one in pilot.first) / len(pilot.first)
+    assert [one.step for one in pilot.first] == [0, 1, 2, 3] and pilot.later[-1].step == 39 and len(pilot.later) == 8
+    assert predicted == pytest.approx(real, rel=0.1) and as_at_first < 0.6 * real
+
+
+def test_patience_does_not_end_the_later_steps():
+    pilot = plan(Hardening(), trainer=Trainer(num_steps=40, patience=2), allowance=60.0).pilot
+    assert len(pilot.later) == 8
+
+
+def test_later_steps_are_made_only_while_there_is_time():
+    pilot = plan(Hardening(), trainer=Trainer(num_steps=40), allowance=1e-3, pilot_steps=2).pilot
+    assert len(pilot.first) == 1 and pilot.later == () and pilot.num_future == 39
+
+
+@pytest.mark.parametrize("nonfinite", [Skip(), Raise()])
+def test_a_point_further_on_without_a_hypergradient_ends_the_later_steps(nonfinite):
+    class Cliff(Hardening):
+        def outer_loss(self, params, hparams, batch):
+            return super().outer_loss(params, hparams, batch) / (hparams["penalty"].amin() > 0.2)
+
+    pilot = plan(Cliff(), trainer=Trainer(num_steps=40, nonfinite=nonfinite), allowance=60.0).pilot
+    assert 0 < len(pilot.later) < 8 and len(pilot.work()) == 40
 
 
 def test_a_plan_leaves_nothing_behind(tmp_path, monkeypatch):

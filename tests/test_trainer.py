@@ -85,6 +85,20 @@ def test_a_step_moves_the_logarithm_by_the_chain_rule():
     assert float(callback.natural[1]) == pytest.approx(expected, rel=1e-10)
 
 
+def test_coasting_goes_on_along_the_latest_hypergradient_and_solves_nothing():
+    halving = functools.partial(schedulers.ExponentialLR, gamma=0.5)
+    setup, state = set_up(Shrink(), LBFGS(), Implicit(linear_solver=ConjugateGradient()), SGD, halving)
+    Trainer().step(setup, state)
+    (gradient,), work, params = state.gradient.values(), dict(state.work), state.params
+    expected = setup.natural(state.raw)["penalty"].log()
+    for rate in (0.05, 0.025, 0.0125):
+        expected = expected - rate * expected.exp() * gradient
+    Trainer().coast(setup, state, 3)
+    torch.testing.assert_close(setup.natural(state.raw)["penalty"], expected.exp(), rtol=1e-12, atol=0)
+    assert (state.step, state.outer.learning_rate) == (4, 0.1 * 0.5**4)
+    assert state.work == work and state.params is params
+
+
 def test_clipping_bounds_the_step_in_raw_coordinates():
     callback = Record()
     trainer = Trainer(num_steps=2, clip_norm=0.01)

@@ -21,8 +21,9 @@ usage: python -m bilevel plan [--config-dir DIR] [group=option] [key=value] ...
 
 Predicts what a run would take, and what it would take with every other hypergradient method. Takes what `train` takes,
 for instance experiment=digits. The budget is plan.seconds (of the whole run) and plan.memory_gb (of the process at its
-peak); plan.pilot_steps outer steps are made for real, and each measured part may take plan.allowance seconds. Prints a
-table and a recommendation, writes plan.json into a folder under output_dir/plans, and exits with 0."""
+peak). The first plan.pilot_steps outer steps and some later ones are made for real; these and each other measured part
+may take plan.allowance seconds. Prints a table and a recommendation, writes plan.json into a folder under
+output_dir/plans, and exits with 0."""
 
 _KEYS = ("seconds", "memory_gb", "pilot_steps", "allowance")
 

@@ -16,10 +16,10 @@ With `g` the seconds of an inner gradient, `h` those of a Hessian product, `N` i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-DAMPING = 0.5  # of a trend, a step: Gardner and McKenzie (1985), "Forecasting trends in time series"
+import numpy
 
 
 @dataclass(frozen=True)
@@ -174,35 +174,16 @@ def finite_difference(units: Units, inner_seconds: float) -> Cost:
     return Cost(seconds, max(units.inner_bytes, units.side_bytes))
 
 
-def forecast(counts: Sequence[float], number: int, *, cold: bool) -> list[float]:
-    r"""The counts of the next outer steps, from those of the first ones.
-
-    The level is the mean of the last two, the trend is the least-squares slope, damped by `DAMPING` a step: conditioning
-    and the help of a warm start drift along a run, but no drift of a few steps goes on for ever.
+def forecast(made: Mapping[float, float], steps: Sequence[int]) -> list[float]:
+    """The counts of outer steps that were not made, on straight lines between those that were, and level outside.
 
     Args:
-        counts: of the first outer steps.
-        number: how many more.
-        cold: whether the first of them had no warm start to help it, so that it says nothing of the others.
+        made: counts by the number of their step, which may lie between two steps.
+        steps: the numbers of the others.
 
     Example:
-        >>> forecast([90.0, 10.0, 12.0, 14.0], 2, cold=True)
-        [14.0, 14.5]
-        >>> forecast([7.0], 2, cold=True)
-        [7.0, 7.0]
+        >>> forecast({1: 90.0, 5: 10.0}, [0, 2, 4, 8])
+        [90.0, 70.0, 30.0, 10.0]
     """
-    known = list(counts[1:] if cold and len(counts) > 1 else counts)
-    assert known, "there is nothing to go by"
-    level, slope = sum(known[-2:]) / len(known[-2:]), _slope(known)
-    values = []
-    for ahead in range(1, number + 1):
-        level += slope * DAMPING**ahead
-        values.append(max(level, 0.0))
-    return values
-
-
-def _slope(values: Sequence[float]) -> float:
-    """Least squares; zero for a single value."""
-    middle, mean = (len(values) - 1) / 2, sum(values) / len(values)
-    square = sum((place - middle) ** 2 for place in range(len(values)))
-    return sum((place - middle) * (one - mean) for place, one in enumerate(values)) / square if square else 0.0
+    places = sorted(made)
+    return [float(one) for one in numpy.interp(steps, places, [made[place] for place in places])]

@@ -1,4 +1,11 @@
-"""The first outer steps of a run, made for real, and the others forecast from them."""
+"""Outer steps of a run made for real, the first ones and some further on, and the others forecast from them.
+
+How much work an outer step is changes along a run: hyperparameters move to where the inner problem is better or worse
+conditioned, and a schedule or convergence brings the warm starts closer. The first steps do not tell. Further points are
+reached without solving anything: the optimiser goes on with the latest hypergradient, held fixed. From there one step is
+made to arrive, which starts too far away to be typical, and one that counts. That is projective integration (Gear and
+Kevrekidis 2003, "Projective methods for stiff differential equations"), for the work along the path instead of the path.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +20,7 @@ import torch
 
 from bilevel.diagnostics.cost import Units, Work, forecast
 from bilevel.diagnostics.meter import held_bytes, peak_held_bytes
+from bilevel.errors import NumericalError
 from bilevel.hypergradient import HypergradientMethod
 from bilevel.problem import Problem
 from bilevel.solvers import InnerSolver
@@ -23,6 +31,8 @@ from bilevel.trainer.setup import Setup, set_up
 from bilevel.trainer.state import TrainState
 from bilevel.trainer.summary import summarise
 from bilevel.trainer.trainer import Record, Trainer
+
+MAX_LATER = 8  # the work of single steps scatters by a third and more; the mean of so many is known to a tenth or two
 
 
 @dataclass(frozen=True)
@@ -51,16 +61,37 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Made:
+    """An outer step that was made.
+
+    Attributes:
+        step: its number.
+        seconds: what it took.
+        work: what it did.
+    """
+
+    step: int
+    seconds: float
+    work: Work
+
+    @classmethod
+    def of(cls, record: Record) -> Made:
+        """From what the outer loop said."""
+        counts = (record[f"receipt.{name}"] for name in ("inner_gradients", "inner_products", "products"))
+        return cls(record["step"], record["seconds"], Work(*counts))
+
+
+@dataclass(frozen=True)
 class Pilot:
-    """What the first outer steps of a run took.
+    """What outer steps of a run took.
 
     Attributes:
         num_steps: outer steps of the whole run.
         num_checkpoints: checkpoints that it writes.
         warm_start: whether its inner solves start from the previous solution.
         set_up_seconds: from the start of the run to its first step.
-        step_seconds: of each step that was made.
-        work: of each step that was made.
+        first: the first outer steps.
+        later: outer steps further on.
         beside_seconds: of trackers, between two steps.
         checkpoint_seconds: of a checkpoint.
         held_bytes: what the process held before the first step.
@@ -73,8 +104,8 @@ class Pilot:
     num_checkpoints: int
     warm_start: bool
     set_up_seconds: float
-    step_seconds: tuple[float, ...]
-    work: tuple[Work, ...]
+    first: tuple[Made, ...]
+    later: tuple[Made, ...]
     beside_seconds: float
     checkpoint_seconds: float
     held_bytes: float
@@ -85,7 +116,7 @@ class Pilot:
     @property
     def num_future(self) -> int:
         """Steps that are forecast."""
-        return self.num_steps - len(self.work)
+        return self.num_steps - len(self.first)
 
     @property
     def around_seconds(self) -> float:
@@ -95,20 +126,28 @@ class Pilot:
         )
 
     def future(self) -> list[Work]:
-        """The work of the steps that were not made."""
+        """The work of the steps after the first ones, between the mean of those that had a warm start and the later ones."""
+        typical = self.first[1:] if self.warm_start and len(self.first) > 1 else self.first
+        place = sum(one.step for one in typical) / len(typical)
 
-        def ahead(name: str, cold: bool) -> list[float]:
-            return forecast([getattr(one, name) for one in self.work], self.num_future, cold=cold)
+        def ahead(name: str) -> list[float]:
+            mean = sum(getattr(one.work, name) for one in typical) / len(typical)
+            made: dict[float, float] = {one.step: getattr(one.work, name) for one in self.later}
+            return forecast({place: mean, **made}, range(len(self.first), self.num_steps))
 
-        cold = self.warm_start
-        gradients, inner, products = ahead("gradients", cold), ahead("inner_products", cold), ahead("products", False)
-        return [Work(*counts) for counts in zip(gradients, inner, products, strict=True)]
+        names = ("gradients", "inner_products", "products")
+        return [Work(*counts) for counts in zip(*map(ahead, names), strict=True)]
+
+    def work(self) -> list[Work]:
+        """That of all steps."""
+        return [*(one.work for one in self.first), *self.future()]
 
     def steps_seconds(self, units: Units) -> float:
-        """All steps: those made as they were, the others by unit costs, corrected by what the former took."""
-        modelled = [units.fixed + units.work_seconds(one) for one in self.work]
-        factor = statistics.median(real / model for real, model in zip(self.step_seconds, modelled, strict=True))
-        return sum(self.step_seconds) + factor * sum(units.fixed + units.work_seconds(one) for one in self.future())
+        """All steps: the first ones as they were, the others by unit costs, corrected by what those made took."""
+        made = (*self.first, *self.later)
+        factor = statistics.median(one.seconds / (units.fixed + units.work_seconds(one.work)) for one in made)
+        ahead = factor * sum(units.fixed + units.work_seconds(one) for one in self.future())
+        return sum(one.seconds for one in self.first) + ahead
 
     def memory(self, own_bytes: float) -> float:
         """The peak of a process whose hypergradients take so much; what was held while it was set up counts, too."""
@@ -120,12 +159,13 @@ class Pilot:
 
 
 def rehearse(job: Job, num_steps: int, allowance: float) -> tuple[Pilot, Setup]:
-    """Make the first outer steps of a run, with its checkpoints and trackers but without leaving anything behind.
+    """Make some outer steps of a run, with its checkpoints and trackers but without leaving anything behind.
 
     Args:
         job: the run.
-        num_steps: how many steps, at most.
-        allowance: seconds after which no further step is begun; one is made in any case.
+        num_steps: how many first steps, at most.
+        allowance: seconds after which no further one of the first steps is begun (one is made in any case), and seconds
+            for the later ones.
 
     Raises:
         UsageError: the parts of the run do not fit each other.
@@ -142,6 +182,7 @@ def rehearse(job: Job, num_steps: int, allowance: float) -> tuple[Pilot, Setup]:
         records = _steps(job, setup, state, num_steps, first + allowance)
         beside = max(time.perf_counter() - first - state.seconds, 0.0) / len(records)
         checkpoint = _checkpoint(job, state)
+        later = _later(job, setup, state, records, allowance)
     finally:
         summary: dict[str, Any] = summarise({}, setup, state, "planned")
         for callback in job.callbacks:
@@ -151,8 +192,8 @@ def rehearse(job: Job, num_steps: int, allowance: float) -> tuple[Pilot, Setup]:
         num_checkpoints=0 if job.directory is None else -(-job.trainer.num_steps // job.trainer.checkpoint_every),
         warm_start=job.method.warm_start,
         set_up_seconds=first - begun,
-        step_seconds=tuple(record["seconds"] for record in records),
-        work=tuple(_work(record) for record in records),
+        first=tuple(map(Made.of, records)),
+        later=tuple(later),
         beside_seconds=beside,
         checkpoint_seconds=checkpoint,
         held_bytes=held,
@@ -182,5 +223,27 @@ def _checkpoint(job: Job, state: TrainState) -> float:
     return time.perf_counter() - started
 
 
-def _work(record: Record) -> Work:
-    return Work(record["receipt.inner_gradients"], record["receipt.inner_products"], record["receipt.products"])
+def _later(job: Job, setup: Setup, state: TrainState, records: Sequence[Record], allowance: float) -> list[Made]:
+    """Outer steps at points spread over the rest of the run; as many as the time allows."""
+    end = time.perf_counter() + allowance
+    each = 2 * statistics.mean(record["seconds"] for record in records[1:] or records)  # to arrive, and to count
+    made: list[Made] = []
+    while state.gradient and (left := job.trainer.num_steps - state.step) >= 3:
+        affordable = (end - time.perf_counter()) / each
+        if affordable < 1 or len(made) == MAX_LATER:
+            break
+        # Twice as many, as steps tend to become shorter; where they do not, the last one goes to the end.
+        number = min(MAX_LATER - len(made), left // 3, int(2 * affordable)) if affordable >= 2 else 1
+        job.trainer.coast(setup, state, round(left / number) - 2)
+        pair = []
+        for _ in range(2):
+            try:
+                record, _ = job.trainer.step(setup, state)
+            except NumericalError:  # a policy that is to raise
+                return made
+            if record["skipped"]:  # the hypergradient, held fixed, has led to where there is none
+                return made
+            pair.append(Made.of(record))
+        made.append(pair[1])
+        each = sum(one.seconds for one in pair)
+    return made

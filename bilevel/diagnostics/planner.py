@@ -74,8 +74,8 @@ class Plan:
                 "checkpoints": self.pilot.num_checkpoints,
             },
             "steps made": [
-                {"seconds": one, **vars(work)}
-                for one, work in zip(self.pilot.step_seconds, self.pilot.work, strict=True)
+                {"step": one.step, "seconds": one.seconds, **vars(one.work)}
+                for one in (*self.pilot.first, *self.pilot.later)
             ],
             "steps forecast": [vars(work) for work in self.pilot.future()],
         }
@@ -91,15 +91,16 @@ def plan(
     trainer: Trainer | None = None,
     budget: Budget | None = None,
     pilot_steps: int = 4,
-    allowance: float = 10.0,
+    allowance: float = 20.0,
     callbacks: Sequence[Callback] = (),
     directory: Path | None = None,
 ) -> Plan:
     r"""Predict time and memory of each hypergradient method on a problem, and recommend one under a budget.
 
-    The first outer steps of the configured run are made for real; the work of the others is forecast from theirs. Unit
-    costs (an inner gradient, a product, ...) are measured at the first inner solution and give the other methods' prices
-    through `bilevel.diagnostics.cost`.
+    Some outer steps of the configured run are made for real: the first ones, and some further on, where the optimiser gets
+    with the hypergradient held fixed (`bilevel.diagnostics.pilot`). The work of the others lies between. Unit costs (an
+    inner gradient, a product, ...) are measured at the first inner solution and give the other methods' prices through
+    `bilevel.diagnostics.cost`.
 
     Args:
         problem: the problem.
@@ -109,8 +110,8 @@ def plan(
         scheduler: makes its scheduler.
         trainer: settings of the outer loop, of which the number of steps matters most.
         budget: what the run may cost; anything by default.
-        pilot_steps: outer steps that are made for real, at most.
-        allowance: seconds that each measured part may take, and those steps together.
+        pilot_steps: first outer steps that are made for real, at most.
+        allowance: seconds that each measured part may take: those steps together, the later ones together, ...
         callbacks: trackers whose cost counts; they are started and ended.
         directory: a folder to be thrown away, for the checkpoints of a run that writes them.
 
@@ -188,13 +189,13 @@ def _configured(job: Job, pilot: Pilot, bench: Bench) -> Forecast:
     return Forecast(
         name=f"as configured: {name}",
         keys="",
-        seconds=pilot.step_seconds[0],
+        seconds=pilot.first[0].seconds,
         run_seconds=pilot.run_seconds(bench.units),
         memory_bytes=pilot.peak_bytes,
         own_bytes=max(pilot.peak_bytes - pilot.held_bytes, 0.0),
         biased="its receipt says that it is biased" if first["receipt.biased"] else "",
         short=short,
-        source=f"{MEASURED}: {len(pilot.work)} of {pilot.num_steps} outer steps",
+        source=f"{MEASURED}: {len(pilot.first) + len(pilot.later)} of {pilot.num_steps} outer steps",
         counts=f"{first['receipt.inner_steps']} steps, {first['receipt.products']} products",
         error=math.nan if isinstance(job.method.accuracy, FixedAccuracy) else first["hypergradient_error"],
     )
@@ -227,9 +228,9 @@ def _steps_seconds(one: Candidate, price: Cost, pilot: Pilot, bench: Bench) -> f
     if one.inner_seconds is None:
         return pilot.num_steps * price.seconds
     rate = bench.own.seconds / max(_inner_work(bench.units, bench.own), 1e-12)
-    steps = [*pilot.work, *pilot.future()]
+    steps = pilot.work()
     inner = sum(work.gradients * bench.units.gradient + work.inner_products * bench.units.product for work in steps)
-    first = pilot.work[0].products
+    first = pilot.first[0].work.products
     growth = sum(work.products for work in steps) / (len(steps) * first) if first and one.grows else 1.0
     fixed = bench.units.fixed
     rest = price.seconds - one.inner_seconds
@@ -241,7 +242,7 @@ def _inner_work(units: Units, trial: InnerTrial) -> float:
 
 
 def _basis(job: Job, pilot: Pilot, bench: Bench) -> tuple[str, ...]:
-    made, total = len(pilot.work), pilot.num_steps
+    made, later, total = len(pilot.first), len(pilot.later), pilot.num_steps
     first = f"measured: the first {made} of {total} outer steps, the set-up before them"
     if pilot.num_checkpoints:
         first += ", a checkpoint and what the trackers do"
@@ -250,10 +251,14 @@ def _basis(job: Job, pilot: Pilot, bench: Bench) -> tuple[str, ...]:
         "gradient": units.gradient, "product": units.product, "linearisation": units.linearise,
         "mixed product": units.mixed, "outer gradients": units.outer,
     }  # fmt: skip
+    if later:
+        rest = f"{later} later ones, reached along hypergradients held fixed; gradients and products of the others lie between."
+    elif pilot.num_future:
+        rest = f"the other {pilot.num_future} are taken to do as much as these."
+    else:
+        rest = "the whole run."
     said = [
-        f"{first}; the other {pilot.num_future} are extrapolated by the trend of their gradients and products."
-        if pilot.num_future
-        else f"{first}: the whole run.",
+        f"{first}; {rest}",
         f"measured at the first inner solution: {', '.join(f'{name} {1e3 * one:.3g} ms' for name, one in costs.items())}; "
         f"graph {units.graph_bytes / 1e6:.3g} MB.",
     ]

@@ -132,6 +132,15 @@ class Trainer:
         state.record = {**record, "seconds": seconds, "eta_seconds": eta}
         return state.record, hparams
 
+    def coast(self, setup: Setup, state: TrainState, num_steps: int) -> None:
+        """Outer steps along the latest hypergradient, held fixed: the optimiser and its scheduler move, nothing is solved."""
+        assert state.record is not None
+        scale = self.worthless.scale(state.record["hypergradient_error"])
+        gradient = {name: scale * part for name, part in state.gradient.items()}
+        for _ in range(num_steps):
+            self._update(state, setup.natural(state.raw), gradient, state.record["outer_loss"])
+            state.step += 1
+
     def _update(
         self, state: TrainState, natural: TensorDict, gradient: Mapping[str, Tensor], outer_loss: float
     ) -> None:
