@@ -12,7 +12,8 @@ import torch
 from torch.nn import functional
 
 import bilevel.linalg.compiled as module
-from bilevel import Positive, Problem
+import bilevel.linalg.fused as fused_module
+from bilevel import Positive, Problem, fit
 from bilevel.errors import UsageError
 from bilevel.hypergradient import Implicit, hypergradient_at
 from bilevel.linalg import (
@@ -563,6 +564,66 @@ def test_a_hypergradient_that_is_not_compiled_says_why(graphs):
     compiled = hypergradient(problem, True)[0]
     assert "draws random numbers" in compiled.receipt.fallback and eager.receipt.fallback is None
     torch.testing.assert_close(compiled.gradient, eager.gradient, rtol=1e-9, atol=1e-12)
+
+
+class Fitted(Problem):
+    """A logistic regression with a penalty."""
+
+    constraints = {"penalty": Positive()}
+
+    def init_hparams(self):
+        return {"penalty": torch.tensor(0.1, dtype=torch.float64)}
+
+    def init_params(self, hparams):
+        return {"w": torch.zeros(3, dtype=torch.float64)}
+
+    def inner_loss(self, params, hparams, batch):
+        fit = functional.softplus((1 - 2 * LABELS) * (INPUTS @ params["w"])).mean()
+        return fit + hparams["penalty"] * params["w"].square().sum()
+
+    def outer_loss(self, params, hparams, batch):
+        return (params["w"] - 1).square().sum()
+
+
+def test_tolerances_that_change_from_step_to_step_compile_once(graphs):
+    problem = Fitted()
+    result = fit(problem, hypergradient=Implicit.auto(compile=True), num_steps=4)
+    assert len(graphs) == 1 and all(record["receipt.fallback"] is None for record in result.history)
+    assert len({record["receipt.stationarity"] for record in result.history}) > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_roots_of_an_optimality_are_no_changes_of_the_function(dtype):
+    """Compiled for real, as it is rounding that differs."""
+    matrix = MATRIX.to(dtype) / 10
+
+    def optimality(x, args, data):
+        return x - torch.tanh(x @ matrix.T + args["c"])
+
+    compiled = CompiledDerivatives()
+    for shift in torch.linspace(0.1, 0.6, 2 * MAX_CHANGES):
+        x, args = torch.zeros(6, dtype=dtype), {"c": shift.to(dtype).expand(6)}
+        for _ in range(200):
+            x = torch.tanh(x @ matrix.T + args["c"])
+        found = compiled.at(optimality, x, args)
+        assert found.fallback is None and compiled._changes == 0
+
+
+def test_products_of_few_columns_are_turned_and_views_of_them_stay_possible():
+    def loss(x, args, data):  # the layout `inputs @ weight`: its gradient is a narrow product, and then a view
+        hidden = (data @ x[:480].view(48, 10)).tanh()
+        return functional.cross_entropy(hidden @ x[480:].view(10, 3), torch.arange(90) % 3) + (x**2).sum()
+
+    x, vector, data = randn(510), randn(510), randn(90, 48)
+    found, expected = CompiledDerivatives().at(loss, x, {}, data), differentiate(loss, x, {}, data)
+    assert found.fallback is None
+    close(found.operator.mv(vector), expected.operator.mv(vector))
+    graph = trace(lambda a, b: [(a @ b).view(-1)], [randn(90, 48), randn(48, 10)])
+    fused_module._turn_narrow_products(graph)
+    (product,) = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
+    a, b = randn(90, 48), randn(48, 10)
+    assert all(factor.target is torch.ops.aten.t.default for factor in product.args)
+    close(graph(a, b)[0], (a @ b).view(-1))
 
 
 # --- the arithmetic of solvers --------------------------------------------------------------------------------------------

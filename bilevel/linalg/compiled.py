@@ -117,7 +117,7 @@ class CompiledDerivatives:
             found = program.at(inputs)
             with torch.enable_grad():  # nothing here requires any, but an optimality may take a gradient itself
                 value = function(inputs.point, inputs.args, data).detach()
-            if _agree(found.value, value) or not bool(value.isfinite().all()):
+            if not bool(value.isfinite().all()) or _agree(found.value, value, _terms(found, inputs.point)):
                 return found
             self._changes += 1
             program = None
@@ -286,10 +286,16 @@ def _compare(found: Derivatives, reference: Derivatives) -> None:
             raise Untraceable(f"their {name} differs from the eager one by {gap:.1e} (relative)")
 
 
-def _agree(found: Tensor, expected: Tensor) -> bool:
+def _terms(found: Derivatives, point: Tensor) -> float:
+    """The size of what an optimality is a sum of, by which it is rounded: at a root nothing of it is left; 0 for a loss."""
+    is_loss = found.value.ndim < point.ndim
+    return 0.0 if is_loss else float(found.operator.mv(point).norm())
+
+
+def _agree(found: Tensor, expected: Tensor, terms: float = 0.0) -> bool:
     """Whether half of the digits are the same: far above rounding, far below any mistake."""
     tolerance = torch.finfo(expected.dtype).eps ** 0.5
-    return bool((found - expected).norm() <= tolerance * expected.norm())
+    return bool((found - expected).norm() <= tolerance * (expected.norm() + terms))
 
 
 @contextmanager

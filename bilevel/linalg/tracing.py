@@ -41,6 +41,10 @@ def trace(function: Callable[..., Any], example: Sequence[Tensor]) -> fx.GraphMo
             raise Untraceable(f"the function changes a tensor that it is given or holds ({op})")
         if op is torch.ops.aten._local_scalar_dense.default:
             raise Untraceable(BY_VALUE)
+    # A view goes by strides, which compiled code chooses anew for what lies in between; a reshape takes any.
+    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default
+    graph.recompile()
     shapes = [value.shape for node in graph.graph.nodes if isinstance(value := node.meta.get("val"), Tensor)]
     if not all(isinstance(size, int) for shape in shapes for size in shape):
         raise Untraceable(BY_VALUE)
