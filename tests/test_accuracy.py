@@ -10,7 +10,7 @@ from stepping import along
 
 from bilevel import Positive, Problem, fit
 from bilevel.errors import UsageError
-from bilevel.flat import FlatProblem, StepBatches
+from bilevel.flat import FlatProblem, StepBatches, natural_hparams
 from bilevel.hypergradient import (
     AdaptiveAccuracy,
     DecreasingAccuracy,
@@ -21,6 +21,7 @@ from bilevel.hypergradient import (
     differentiate,
 )
 from bilevel.hypergradient.accuracy import INNER, LINEAR
+from bilevel.hypergradient.method import start_method
 from bilevel.linalg import POSITIVE_DEFINITE, ConjugateGradient, DenseCholesky, DiagonalOperator, MatrixOperator
 from bilevel.linearisation import linearise
 from bilevel.preconditioner import KFAC, AutoPreconditioner, Jacobi, LBFGSPairs, NoPreconditioner, Nystrom
@@ -209,6 +210,27 @@ def test_a_step_without_an_estimate_ends_the_adapting():
     lost = replace(result, receipt=replace(result.receipt, error_estimate=math.nan))
     assert AUTO.accuracy.update(state, lost) == {}
     assert AUTO.accuracy.linear_rtol({}) is None and AUTO.accuracy.tighten(LBFGS(atol=1e-7), {}).atol == 1e-7
+
+
+def test_a_budget_of_inner_steps_is_spent_whatever_the_accuracy():
+    solver = GradientDescent(learning_rate=0.1, max_steps=16, atol=0.0)
+    for accuracy in (AdaptiveAccuracy(), DecreasingAccuracy()):
+        results = steps(Logistic(), Implicit.auto(accuracy=accuracy), 3, solver)
+        assert [(one.receipt.inner_result, one.receipt.inner_steps) for one in results] == [("budget_spent", 16)] * 3
+
+
+def test_the_gradient_of_a_batch_is_no_measure_of_how_far_a_solve_is():
+    class Batches(Logistic):
+        def inner_batches(self, step, inner_step):
+            return inner_step
+
+    problem, solver = Batches(), GradientDescent(learning_rate=0.1)
+    hparams = natural_hparams(problem)
+    flat = FlatProblem.of(problem, hparams)
+    assert not any(
+        name.startswith("accuracy.")
+        for name in start_method(Implicit.auto(), flat, solver, flat.start(hparams), hparams)
+    )
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from bilevel.linalg import (
     NeumannSeries,
 )
 from bilevel.preconditioner import LBFGSPairs
-from bilevel.solvers import LBFGS, GradientDescent
+from bilevel.solvers import LBFGS, Adam, GradientDescent
 from bilevel.trainer import Trainer
 from bilevel.trainer.nonfinite import Raise, Skip
 from bilevel.trainer.worthless import Apply, Shrink, Worthless
@@ -202,7 +202,10 @@ def test_damping_solves_the_damped_system_and_says_so(solver):
     assert reason.startswith("negative curvature: the Hessian is damped by") and 0.5 < damping < 2.5
     expected = Saddle().closed_form(damping)
     torch.testing.assert_close(found.gradient["th"], expected, rtol=5e-3 / 0.25, atol=0)  # the reason has three digits
-    assert found.receipt.linear_result == "converged"
+    assert found.receipt.linear_result == "converged" and found.receipt.curvature_min < 0
+    assert found.receipt.damping == pytest.approx(damping, rel=5e-3)
+    left = damping * expected.norm() / (DIAGONAL * expected + damping * expected).norm()  # c ‖y‖ / ‖(D + c) y‖
+    assert found.receipt.linear_residual == pytest.approx(float(left), rel=2e-2)
 
 
 def test_only_the_indefinite_systems_of_a_batch_are_damped():
@@ -339,9 +342,12 @@ def test_more_steps_ends_after_its_rounds_and_says_so():
     )
 
 
-def test_truncated_unrolling_differentiates_further_steps():
-    found = evaluate(Bowl(), solver=SHORT, unconverged=unconverged.TruncatedUnroll(last=3))
-    expected = hypergradient_at(Bowl(), solver=replace(SHORT, max_steps=8), method=Unrolled(last=3))
+@pytest.mark.parametrize(
+    "solver", [SHORT, replace(SHORT, momentum=0.5), Adam(max_steps=5, atol=1e-9)], ids=["plain", "momentum", "Adam"]
+)
+def test_truncated_unrolling_goes_on_from_the_solvers_own_state(solver):
+    found = evaluate(Bowl(), solver=solver, unconverged=unconverged.TruncatedUnroll(last=3))
+    expected = hypergradient_at(Bowl(), solver=replace(solver, max_steps=8), method=Unrolled(last=3))
     torch.testing.assert_close(found.gradient, expected.gradient, rtol=1e-12, atol=0)
     torch.testing.assert_close(found.params, expected.params, rtol=1e-12, atol=0)
     assert found.receipt.inner_steps == found.receipt.inner_gradients == 8

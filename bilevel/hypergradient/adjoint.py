@@ -37,8 +37,9 @@ def solve_adjoint(
     if damping is not None and damping.biased and system.damping is not None:
         biased += (f"the Hessian is damped by {float(system.damping.max()):.3g}",)
     if Tag.symmetric in system.operator.tags and bool((negative := met(solution)).any()):
-        solution, reasons, _ = policy.handle(system, solution, negative)
+        solution, reasons, used = policy.handle(system, solution, negative)
         biased += reasons
+        system = system._replace(damping=used)
     if not _worst(solution).successful:
         warnings.warn(_sentence(solution, system.vector), ConvergenceWarning, stacklevel=3)
     return Handled(solution, biased, system.damping)

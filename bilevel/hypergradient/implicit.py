@@ -128,7 +128,7 @@ class Implicit(HypergradientMethod):
         inner = solve_without_graph(problem, solver, params, hparams, batches, self.warm_start)
         handled = settle(self.unconverged, OuterStep(problem, solver, hparams, batches), inner)
         if isinstance(handled, Hypergradient):
-            return handled
+            return replace(handled, state=dict(state))  # what later steps can go on from, once solves converge again
         inner = handled
         outer, by_params, direct = outer_gradients(problem, inner.params, hparams, batches)
         linearised = linearise_compiled if self.compile else linearise

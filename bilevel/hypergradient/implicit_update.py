@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -88,7 +88,7 @@ class ImplicitUpdate(HypergradientMethod):
         inner = solve_without_graph(problem, solver, params, hparams, batches, self.warm_start)
         handled = settle(self.unconverged, OuterStep(problem, solver, hparams, batches), inner)
         if isinstance(handled, Hypergradient):
-            return handled
+            return replace(handled, state=dict(state))  # what later steps can go on from, once solves converge again
         inner = handled
         outer, by_params, direct = outer_gradients(problem, inner.params, hparams, batches)
         # of the inner loss alone: what the solver adds to it is in the response

@@ -111,7 +111,10 @@ def start_method(
 ) -> MethodState:
     """The state before the first outer step: the method's own, and that of its accuracy if that can serve the method."""
     own = method.init(problem, solver, params, hparams)
-    if method.accuracy.needs_estimate and not method.estimates_error(problem, solver):
+    stochastic = StepBatches(
+        problem.problem, 0
+    ).stochastic  # the gradient of a batch says nothing of how far a solve is
+    if method.accuracy.needs_estimate and (stochastic or not method.estimates_error(problem, solver)):
         return own
     return {**own, **method.accuracy.init(params)}
 
@@ -129,7 +132,8 @@ def differentiate(
 
     The arguments are those of `HypergradientMethod.compute`; `state` is from `start_method` or the previous step.
     """
-    solver = method.accuracy.tighten(solver, state)
+    if solver.atol or solver.rtol:  # with neither, all steps are meant to be made
+        solver = method.accuracy.tighten(solver, state)
     with problem.purity.solve():
         result = method.compute(problem, solver, params, hparams, batches, state)
     return replace(result, state={**result.state, **method.accuracy.update(state, result)})

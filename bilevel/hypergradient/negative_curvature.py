@@ -73,10 +73,15 @@ class System(NamedTuple):
         ready = self.solver.transpose(self.solver.init(used))  # the theorem's system is with the transpose
         solution = self.solver.compute(ready, self.vector, x0=x0, rtol=self.rtol, preconditioner=self.preconditioner)
         if damping is not None:
-            left = solution.residual_norm + damping * solution.value.norm(dim=-1)
-            least, most = solution.curvature_min - damping, solution.curvature_max - damping
-            solution = replace(solution, residual_norm=left, curvature_min=least, curvature_max=most)
+            solution = undamped(solution, damping)
         return _observed(solution, operator) if watch and isinstance(operator, WatchedOperator) else solution
+
+
+def undamped(solution: Solution, damping: Tensor) -> Solution:
+    """A damped system's solution with curvature and residual of the system itself: what damping leaves is `c ‖y‖` at most."""
+    left = solution.residual_norm + damping * solution.value.norm(dim=-1)
+    least, most = solution.curvature_min - damping, solution.curvature_max - damping
+    return replace(solution, residual_norm=left, curvature_min=least, curvature_max=most)
 
 
 def _observed(solution: Solution, watched: WatchedOperator) -> Solution:
@@ -180,14 +185,15 @@ class Damp(NegativeCurvature):
         damping = torch.where(negative, self.factor * size, 0.0)
         for _ in range(self.max_rounds):
             again = system.solve(damped(system.operator, damping))
-            solution = solution.continued_by(again, negative)
+            solution = solution.continued_by(undamped(again, damping), negative)
             still = negative & met(again)
             if not bool(still.any()):
                 break
             damping = torch.where(still, self.factor * damping, damping)
         else:
             solution = replace(solution, result=torch.where(still, Result.negative_curvature.code, solution.result))
-        return Handled(solution, (f"negative curvature: the Hessian is damped by {float(damping.max()):.3g}",))
+        reason = f"negative curvature: the Hessian is damped by {float(damping.max()):.3g}"
+        return Handled(solution, (reason,), damping)
 
 
 @dataclass(frozen=True)

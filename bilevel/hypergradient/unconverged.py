@@ -136,17 +136,11 @@ class TruncatedUnroll(Unconverged):
 
     def handle(self, step: OuterStep, inner: InnerSolution) -> InnerSolution | Hypergradient:
         """Unroll from the iterate that was reached."""
-        solver = replace(step.solver, max_steps=self.last)
-        result = Unrolled(warm_start=True).compute(
-            step.problem, solver, inner.params.detach(), step.hparams, step.batches, {}
-        )
+        result = Unrolled(last=self.last).further(step.problem, step.solver, inner, step.hparams, step.batches)
         receipt = replace(
             result.receipt,
             inner_steps=inner.num_steps + result.receipt.inner_steps,
-            inner_gradients=inner.num_gradients + result.receipt.inner_gradients,
-            inner_products=inner.num_mv + result.receipt.inner_products,
             biased=(
-                *result.receipt.biased,
                 f"the inner solve ended with {inner.result.name}: its last {result.receipt.inner_steps} steps are unrolled",
             ),
         )

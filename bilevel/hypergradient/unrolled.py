@@ -96,6 +96,21 @@ class Unrolled(HypergradientMethod):
         receipt = Receipt(**{**describe(inner), "inner_steps": made}, biased=biased)
         return Hypergradient(gradient, params, {}, receipt, outer, value)
 
+    def further(
+        self,
+        problem: FlatProblem,
+        solver: InnerSolver,
+        inner: InnerSolution,
+        hparams: Mapping[str, Tensor],
+        batches: StepBatches,
+    ) -> Hypergradient:
+        """The hypergradient through further steps only, which go on from the end of a solve with the solver's own state."""
+        record = self._record if self.checkpoint_every is None else self._in_segments
+        more, outer, gradient = record(problem, solver, inner.params.detach(), leaves(hparams), batches, inner)
+        params = more.params.detach()
+        value = inner_value(problem, params, detach(hparams), batches.curvature)
+        return Hypergradient(gradient, params, {}, Receipt(**describe(more)), outer, value)
+
     def _record(
         self,
         problem: FlatProblem,
