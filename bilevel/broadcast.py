@@ -79,7 +79,7 @@ class Broadcast:
                 if group not in suffixes.values():
                     raise UsageError(f"group '{group}' of '{name}' fits none of the parameters {', '.join(params)}.")
             shape_of: Callable[[Shape], Shape] = GRANULARITIES["shared"][1]
-        elif granularity in GRANULARITIES:
+        elif isinstance(granularity, str) and granularity in GRANULARITIES:  # a list cannot even be looked up
             suffix_of, shape_of = GRANULARITIES[granularity]
             suffixes = {key: suffix_of(key) for key in params}
         else:

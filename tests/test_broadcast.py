@@ -60,8 +60,11 @@ def test_a_single_tensor_needs_no_dotted_name(granularity):
         ({"a": "conv.*"}, r"parameter 'block.0.weight' belongs to no group of 'decay'.*'\*' in a last group"),
         ({"a": "*", "b": "conv.*"}, "group 'b' of 'decay' fits none of the parameters"),
         ({}, "belongs to no group"),
+        (["per_layer"], r"was expected to be shared, .* or groups, but is '\['per_layer'\]': did you mean 'per_layer'"),
+        ([], r"but is '\[\]': choose one of them"),
+        (3, "but is '3': choose one of them"),
     ],
-    ids=["misspelt", "left over", "never reached", "empty"],
+    ids=["misspelt", "left over", "never reached", "empty", "list", "empty list", "number"],
 )
 def test_mistakes_are_one_sentence(granularity, said):
     with pytest.raises(UsageError, match=said):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import inspect
 import itertools
 import re
@@ -178,6 +180,64 @@ def test_every_option_instantiates(group, option):
         assert parts.problem.init_hparams() and parts.hypergradient is not None
     else:
         assert build(OmegaConf.to_container(job["chosen"]), group) is not None
+
+
+# Where an option of a group ends, and as what: the names here are the classes of `Implicit` and `Trainer`, not the files'.
+POLICIES = {
+    "negative_curvature": ("hypergradient", {
+        "raise": "negative_curvature.Raise", "damp": "negative_curvature.Damp",
+        "minres": "negative_curvature.SwitchToMINRES", "gauss_newton": "negative_curvature.GaussNewton",
+    }),
+    "unconverged": ("hypergradient", {
+        "raise": "unconverged.Raise", "warn": "unconverged.Warn", "more_steps": "unconverged.MoreSteps",
+        "truncated_unroll": "unconverged.TruncatedUnroll",
+    }),
+    "accuracy": ("hypergradient", {
+        "fixed": "accuracy.FixedAccuracy", "decreasing": "accuracy.DecreasingAccuracy", "adaptive": "accuracy.AdaptiveAccuracy",
+    }),
+    "damping": ("hypergradient", {"none": "damping.NoDamping", "adaptive": "damping.AdaptiveDamping"}),
+    "nonfinite": ("trainer", {"raise": "nonfinite.Raise", "skip": "nonfinite.Skip"}),
+    "worthless": ("trainer", {"apply": "worthless.Apply", "shrink": "worthless.Shrink"}),
+}  # fmt: skip
+GROUPS_OF = {"implicit_auto": set(POLICIES), "implicit_update": set(POLICIES) - {"damping"}}  # which has no part for it
+CASES = [
+    (method, group, number)
+    for method, groups in GROUPS_OF.items()
+    for group, (_, classes) in POLICIES.items()
+    if group in groups
+    for number in range(len(classes))
+]
+
+
+@functools.cache
+def assembled(method: str, number: int) -> Any:
+    """The objects of a command line that chooses from every group the option of this number, counted around.
+
+    So four compositions for each method serve all options.
+    """
+    from bilevel.cli.job import assemble
+
+    options = {group: list(POLICIES[group][1]) for group in POLICIES if group in GROUPS_OF[method]}
+    chosen = [f"{group}={names[number % len(names)]}" for group, names in options.items()]
+    (job,) = preflight(read_arguments([f"hypergradient={method}", *chosen, "tracking=none"]))
+    return assemble(job, *Settings.of(job).apply())
+
+
+@pytest.mark.parametrize(
+    ("method", "group", "number"),
+    CASES,
+    ids=[f"{method}-{group}={list(POLICIES[group][1])[number]}" for method, group, number in CASES],
+)
+def test_a_policy_on_the_command_line_is_the_object_of_its_place(method, group, number):
+    owner, classes = POLICIES[group]
+    module, _, name = list(classes.values())[number].rpartition(".")
+    expected = getattr(importlib.import_module(f"bilevel.{owner}.{module}"), name)
+    assert type(getattr(getattr(assembled(method, number), owner), group)) is expected
+
+
+def test_every_policy_file_is_expected_somewhere():
+    groups = config_groups(CONF)
+    assert {group: set(classes) for group, (_, classes) in POLICIES.items()} == {g: set(groups[g]) for g in POLICIES}
 
 
 def test_the_main_job_composes():

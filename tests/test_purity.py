@@ -16,10 +16,12 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-from bilevel.purity import Fault, Purity, disturbances, randomness
+from bilevel import Problem, fit
+from bilevel.purity import Fault, Purity, disturbances, findings, randomness
 from bilevel.purity.holdings import Holdings
 from bilevel.purity.sources import same
 from bilevel.rng import generator, get_state, normal, seed_everything
+from bilevel.solvers import GradientDescent
 
 N = 6
 
@@ -795,6 +797,77 @@ def test_a_loss_that_changes_its_arguments_in_place_is_found():
     assert str(found).startswith("params in loss is changed in place by an evaluation")
 
 
+def _under(enabled, where):
+    """A problem with a network of its own, evaluated under an autocast of the loss's own."""
+
+    class Cast(Module):
+        def noisy(self, features):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                return self.model(features) if where == "module" else features @ features.T
+
+    return Cast(nn.Linear(N, N), nn.Linear(N, N))
+
+
+@pytest.mark.parametrize(
+    ("where", "place"), [("module", "problem.model.0 (Linear(in_features=6, "), ("line", "matmul at test_purity.py:")]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("level", ["plain", "vmap", "grad", "compiled"])
+def test_an_autocast_inside_the_loss_is_named_once_for_each_function(level, dtype, where, place):
+    torch.set_default_dtype(dtype)
+    problem = _under(True, where)
+    problem.data = problem.data.to(dtype)
+    purity, x = Purity.of(problem), point().to(dtype)
+    if level == "compiled":
+        problem.noisy = torch.compile(problem.noisy, backend="eager")
+    evaluate = {
+        "plain": lambda: problem.loss(x),
+        "vmap": lambda: vmap(problem.loss)(x.repeat(2, 1)),
+        "grad": lambda: grad(problem.loss)(x),
+        "compiled": lambda: problem.loss(x),
+    }[level]
+    (found,) = disturbances(purity, {"fine": lambda: Base().loss(point()), "loss": evaluate})
+    assert found.fault is Fault.autocast and not found.fault.frozen
+    assert str(found).startswith(place) and " in loss runs under an autocast" in str(found)
+
+
+@pytest.mark.parametrize("where", ["module", "line"])
+def test_an_autocast_that_is_off_or_around_the_solve_is_no_finding(where):
+    torch.set_default_dtype(torch.float32)
+    problem = _under(False, where)
+    problem.data = problem.data.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert disturbances(Purity.of(problem), {"loss": lambda: problem.loss(point().float())}) == []
+
+
+@pytest.mark.filterwarnings("ignore::bilevel.errors.ConvergenceWarning")
+def test_a_run_warns_of_an_autocast_in_its_loss_and_its_steps_are_not_watched(monkeypatch):
+    torch.set_default_dtype(torch.float32)
+    watched = []
+    enter = findings.CallWatch.__enter__
+    monkeypatch.setattr(findings.CallWatch, "__enter__", lambda self: watched.append(1) or enter(self))
+
+    class Cast(Problem):
+        def init_hparams(self):
+            return {"target": torch.ones(2)}
+
+        def init_params(self, hparams):
+            return {"x": torch.zeros(2)}
+
+        def inner_loss(self, params, hparams, batch):
+            matrix = torch.eye(2)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                product = params["x"] @ matrix
+            return (product.float() - hparams["target"]).square().sum() + params["x"].square().sum()
+
+        def outer_loss(self, params, hparams, batch):
+            return params["x"].square().sum()
+
+    with pytest.warns(UserWarning, match=r"matmul at test_purity.py:\d+ in inner_loss runs under an autocast"):
+        fit(Cast(), solver=GradientDescent(learning_rate=0.1, max_steps=5), num_steps=3)
+    assert len(watched) == 2  # once for each of the two losses, however many steps there are
+
+
 def test_rounding_is_no_disturbance_and_more_is():
     errors = itertools.cycle([0.0, 1.0, -1.0])
 
@@ -835,7 +908,7 @@ def test_every_fault_has_a_key_and_a_sentence():
         "tracked_batch_norm",
         "changing_buffer",
     ]
-    assert len({fault.value for fault in Fault}) == len(Fault) == 7
+    assert len({fault.value for fault in Fault}) == len(Fault) == 8
     assert not any(fault.value.endswith(".") for fault in Fault)
 
 

@@ -199,7 +199,7 @@ def uninterrupted(tmp_path_factory):
 FAILURES = {
     "metrics": lambda: (Noisy({"metrics": 4}), []),
     "inner loss": lambda: (Noisy({"inner_loss": 40}), []),
-    "outer loss": lambda: (Noisy({"outer_loss": 6}), []),
+    "outer loss": lambda: (Noisy({"outer_loss": 8}), []),
     "a callback": lambda: (Noisy(), [Failing(2)]),
     "the first step's callback": lambda: (Noisy(), [Failing(0)]),
     "the last step's callback": lambda: (Noisy(), [Failing(4)]),

@@ -237,6 +237,75 @@ def test_missing_and_non_finite_figures_are_shown(capsys: pytest.CaptureFixture[
     assert "best outer loss -" in captured.out and captured.err == ""
 
 
+WORTH = {
+    "hypergradient_norm": 123456.7, "hypergradient_error": 4.5e-6, "hypergradient_cosine": -0.25, "receipt.products": 123456,
+    "receipt.stationarity": 1.2e-7, "receipt.linear_residual": 6.6e-7, "receipt.error_certified": False,
+    "receipt.curvature_min": 5.6e-4, "receipt.curvature_max": 1234.5,
+}  # fmt: skip
+LACKING = dict.fromkeys(WORTH, math.nan) | {
+    "hypergradient_norm": 1.0,
+    "receipt.products": 0,
+    "receipt.error_certified": None,
+}
+FOOTNOTE = "* the error estimate is not certified: no lower bound of the curvature was declared"
+
+
+def shown(*records: dict[str, Any]) -> None:
+    tracker = ConsoleTracker()
+    tracker.on_start(start(num_steps=len(records)))
+    for step, more in enumerate(records):
+        tracker.on_step(record(step, num_steps=len(records), seconds=0.5, eta_seconds=1e5, **more), {})
+    tracker.on_end({})
+
+
+def test_a_line_says_all_that_a_hypergradient_is_worth(capsys: pytest.CaptureFixture[str]) -> None:
+    shown({**WORTH, "skipped": True, "receipt.biased": True}, WORTH)
+    header, line, beneath, footnote, *_ = lines = capsys.readouterr().out.splitlines()
+    assert [word for word in line.split() if word in ("4.5e-06*", "-0.25", "123,456")] == line.split()[4:7]
+    assert header.index("error") + len("error") == line.index("*") and header.index("ETA") + 3 == line.index("  (")
+    named = re.split(r"\s{2,}", beneath.strip())
+    assert named == ["stationarity 1.2e-07", "linear residual 6.6e-07", "curvature 5.6e-04 to 1,234"]
+    assert footnote == FOOTNOTE and lines.count(FOOTNOTE) == 1
+    assert max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize(
+    ("change", "beneath"),
+    [
+        ({"receipt.error_certified": True}, "stationarity 1.2e-07   linear residual 6.6e-07   curvature 5.6e-04 to 1,234"),
+        ({"hypergradient_error": math.nan, "receipt.linear_residual": math.nan}, "stationarity 1.2e-07   curvature 5.6e-04 to 1,234"),
+        (LACKING, None),
+        (LACKING | {"receipt.stationarity": math.inf}, "stationarity inf"),
+        ({"receipt.error_certified": True, "receipt.curvature_min": math.nan}, "stationarity 1.2e-07   linear residual 6.6e-07   curvature - to 1,234"),
+    ],
+    ids=["certified", "no residual", "nothing", "infinite", "half a range"],
+)  # fmt: skip
+def test_figures_that_a_method_lacks_are_left_out(
+    change: dict[str, Any], beneath: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown({**WORTH, **change})
+    _, line, *below, _ = capsys.readouterr().out.splitlines()
+    assert [one.strip() for one in below] == ([] if beneath is None else [beneath])  # and no footnote
+    assert "nan" not in line and "*" not in line
+
+
+def test_a_terminal_shows_all_of_it_below_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for name in ("stderr", "stdout"):
+        monkeypatch.setattr(sys, name, Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    terminal = sys.stderr
+    shown(WORTH)
+    assert isinstance(terminal, Terminal)
+    drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
+    below = "error 4.5e-06 (not certified), cosine -0.25, stationarity 1.2e-07, linear residual 6.6e-07, curvature 5.6e-04 to 1,234"
+    assert below in drawn.replace("\n", " ") and "products 123,456" in drawn and "hypergradient 123,457" in drawn
+
+
 def test_a_terminal_gets_a_bar_on_stderr(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

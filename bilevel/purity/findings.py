@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
-from bilevel.purity.freeze import Purity
+from bilevel.purity.freeze import DEVICES, Purity
 from bilevel.purity.holdings import Holdings
 from bilevel.purity.sources import global_sources, same
 
@@ -59,6 +59,10 @@ class Fault(Enum):
     changed_in_place = (
         "is changed in place by an evaluation, which the next one then sees: compute without in-place operations, or on a "
         "clone"
+    )
+    autocast = (
+        "runs under an autocast that the loss turns on itself, which rounds float32 to about three digits, and with it "
+        "products, curvature and hypergradient: take torch.autocast out of the losses, or give it enabled=False"
     )
 
     @property
@@ -105,7 +109,7 @@ def randomness(purity: Purity, functions: Mapping[str, Callable[[], Any]]) -> li
     """
     findings: dict[Finding, None] = {}
     for name, evaluate in functions.items():
-        with purity.rehearsal() as solve, _as_written(), _Watch(purity.holdings) as watch:
+        with purity.rehearsal() as solve, _as_written(), _GeneratorWatch(purity.holdings) as watch:
             purity.freeze(evaluate, f"{name}, watched")()
         for fault, place in watch.seen:
             findings[Finding(fault, f"{place} in {name}")] = None
@@ -131,6 +135,9 @@ def disturbances(
 ) -> list[Finding]:
     """What cannot be frozen, by name. Leaves generators and buffers as they were.
 
+    An autocast is looked for in one evaluation more, with compiled functions run as written: those that are compared
+    have to be the ones that a solve makes.
+
     Args:
         purity: of the problem.
         functions: names and evaluations at some point, of nested tensors; values may differ by rounding, since some
@@ -152,10 +159,14 @@ def disturbances(
         before = {place: (tensor._version, _copied(tensor)) for place, tensor in tensors.items()}
         with purity.rehearsal():
             values = [frozen() for _ in range(num_evaluations)]
+            with _as_written(), _AutocastWatch(purity.holdings) as watch:
+                frozen()
         changed = [place for place, tensor in tensors.items() if not _untouched(tensor, *before[place])]
         findings += [Finding(Fault.changed_in_place, f"{place} in {name}") for place in changed]
         if not changed and not all(_close(values[0], value) for value in values[1:]):
             findings.append(Finding(Fault.hidden_randomness, name))
+        if watch.place:
+            findings.append(Finding(Fault.autocast, f"{watch.place} in {name}"))
     for name, draw in (batches or {}).items():
         with purity.rehearsal():
             if not same(draw(), draw()):
@@ -200,7 +211,47 @@ def _described(name: str, module: torch.nn.Module) -> str:
     return f"{name} ({type(module).__name__ if chr(10) in words else words})"
 
 
-class _Watch(TorchFunctionMode):
+class CallWatch(TorchFunctionMode):
+    """Looks at every call of a torch function, and can say where it was made."""
+
+    def __init__(self, holdings: Holdings) -> None:
+        """Remember the names of modules."""
+        super().__init__()
+        self._modules = {id(module): name for name, module in holdings.modules.items()}
+
+    def _place(self, function: str, source: str = "") -> str:
+        """The module whose `forward` is running, else the user's line."""
+        frame: FrameType | None = sys._getframe(2)
+        line = ""
+        while frame is not None:
+            file = Path(frame.f_code.co_filename)
+            if not line and not any(folder in file.parents for folder in _FOLDERS):
+                line = f"{file.name}:{frame.f_lineno}"
+            owner = frame.f_locals.get("self")
+            if id(owner) in self._modules and isinstance(owner, torch.nn.Module):
+                return _described(self._modules[id(owner)], owner)
+            frame = frame.f_back
+        return f"{function} at {line}{f' (from {source})' if source else ''}"
+
+
+class _AutocastWatch(CallWatch):
+    """Asks at every call whether an autocast is on: a solve turns off those around it, so that one is the loss's own.
+
+    Attributes:
+        place: of the first call that computes under one; empty when none did.
+    """
+
+    place = ""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        value, function = func(*args, **(kwargs or {})), getattr(func, "__name__", str(func))
+        computes = isinstance(value, Tensor) and function != "__get__"  # which looks an attribute up, such as x.T
+        if not self.place and computes and any(map(torch.is_autocast_enabled, DEVICES)):
+            self.place = self._place(function)
+        return value
+
+
+class _GeneratorWatch(CallWatch):
     """Looks at torch's generators after every call of a torch function: who moved one, and from where.
 
     Attributes:
@@ -209,8 +260,7 @@ class _Watch(TorchFunctionMode):
     """
 
     def __init__(self, holdings: Holdings) -> None:
-        super().__init__()
-        self._modules = {id(module): name for name, module in holdings.modules.items()}
+        super().__init__(holdings)
         self._sources = [source for source in (*global_sources(), *holdings.sources) if not source.dear]
         self._states = [source.read() for source in self._sources]
         self.seen: dict[tuple[Fault, str], None] = {}
@@ -226,17 +276,3 @@ class _Watch(TorchFunctionMode):
             self.seen[fault, self._place(function, " and ".join(moved))] = None
             self.sources.update(moved)
         return value
-
-    def _place(self, function: str, source: str) -> str:
-        """The module whose `forward` is running, else the user's line."""
-        frame: FrameType | None = sys._getframe(2)
-        line = ""
-        while frame is not None:
-            file = Path(frame.f_code.co_filename)
-            if not line and not any(folder in file.parents for folder in _FOLDERS):
-                line = f"{file.name}:{frame.f_lineno}"
-            owner = frame.f_locals.get("self")
-            if id(owner) in self._modules and isinstance(owner, torch.nn.Module):
-                return _described(self._modules[id(owner)], owner)
-            frame = frame.f_back
-        return f"{function} at {line} (from {source})"

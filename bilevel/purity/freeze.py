@@ -18,7 +18,7 @@ from bilevel.purity.holdings import Buffer, Holdings
 from bilevel.purity.sources import Source, global_sources, same
 
 Result = TypeVar("Result")
-_DEVICES = ("cpu", "cuda", "mps", "xpu")
+DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 class Purity:
@@ -41,7 +41,8 @@ class Purity:
     Buffers (running statistics of a BatchNorm, vectors of a spectral norm) are constants: each evaluation works on
     private copies, for its graph may be differentiated long after a later evaluation would have changed them. Under
     `vmap` the copies are batched, so that tracked statistics do no harm there. Attention takes the mathematical kernel,
-    the only one with second derivatives everywhere; autocast is off, for the gradient of a rounded loss is no gradient.
+    the only one with second derivatives everywhere; autocast is off, for the gradient of a rounded loss is no gradient (one
+    that the loss itself turns on stays on, and `disturbances` names it).
 
     Under `vmap` a loss may only draw if `vmap` was called with `randomness="different"` or `"same"`.
 
@@ -272,7 +273,7 @@ def _plain_kernels() -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        for device in _DEVICES:
+        for device in DEVICES:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         torch.backends.mha.set_fastpath_enabled(False)

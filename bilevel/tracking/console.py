@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from bilevel.errors import UsageError
-from bilevel.tracking.format import BaselineTable, baseline_table, duration, number
+from bilevel.tracking.format import MISSING, BaselineTable, baseline_table, duration, number
 from bilevel.tracking.guard import GuardedTracker
 from bilevel.tracking.troubles import Troubles
 
@@ -24,43 +24,45 @@ if TYPE_CHECKING:
 __all__ = ["ConsoleTracker"]
 
 
-def _known(value: Any, digits: int) -> str:
+Record = Mapping[str, Any]
+
+
+def _known(value: Any, digits: int = 2) -> str:
     """A number where there is one: figures that a method or a first step does not have are dashes, not NaN."""
     return number(None if isinstance(value, float) and value != value else value, digits)
 
 
-# head, key in the record, width, format
-_COLUMNS = (
-    ("outer loss", "outer_loss", 11, number),
-    ("inner loss", "inner_loss", 11, number),
-    ("hypergradient", "hypergradient_norm", 13, lambda value: number(value, 3)),
-    (
-        "error",
-        "hypergradient_error",
-        8,
-        lambda value: number(value, 2) if isinstance(value, float) and value == value else "-",
-    ),
-    (
-        "cosine",
-        "hypergradient_cosine",
-        7,
-        lambda value: number(value, 2) if isinstance(value, float) and value == value else "-",
-    ),
-    ("products", "receipt.products", 8, number),
-    ("step time", "seconds", 9, duration),
-    ("ETA", "eta_seconds", 8, duration),
+def _error(record: Record) -> str:
+    """The estimate, with a star where nothing certifies it."""
+    return _known(record.get("hypergradient_error")) + ("*" if _is_uncertified(record) else " ")
+
+
+# head, width, the figure of a record
+_COLUMNS: tuple[tuple[str, int, Callable[[Record], str]], ...] = (
+    ("outer loss", 11, lambda record: number(record.get("outer_loss"))),
+    ("inner loss", 11, lambda record: number(record.get("inner_loss"))),
+    ("hypergradient", 13, lambda record: number(record.get("hypergradient_norm"), 3)),
+    ("error ", 9, _error),
+    ("cosine", 6, lambda record: _known(record.get("hypergradient_cosine"))),
+    ("products", 8, lambda record: number(record.get("receipt.products"))),
+    ("step time", 9, lambda record: duration(record.get("seconds"))),
+    ("ETA", 8, lambda record: duration(record.get("eta_seconds"))),
 )
+_FOOTNOTE = "* the error estimate is not certified: no lower bound of the curvature was declared"
 
 
 class ConsoleTracker(GuardedTracker):
     """Show progress: a rich bar on stderr when that is a terminal, else plain lines on stdout.
+
+    The bar or line of a step is followed by a line of what its hypergradient rests on: stationarity, linear residual and
+    curvature, as far as its method has them.
 
     A solve that did not succeed is told with the step at which it happened first. At the end stdout says how often that
     was and how the run went, and shows the summary's baseline, where there is one, as a table with the run's own
     figures in its last row.
 
     Args:
-        num_lines: About how many lines a run prints when there is no terminal, at least 2.
+        num_lines: About how many steps a run prints when there is no terminal, at least 2.
 
     Raises:
         UsageError: `num_lines` is less than 2.
@@ -73,19 +75,20 @@ class ConsoleTracker(GuardedTracker):
         if num_lines < 2:
             raise UsageError(f"Expected num_lines >= 2 (the first and the last step), got {num_lines}; try 20.")
         self.num_lines = num_lines
-        self._progress: Progress | None = None
+        self._progress: _Bar | None = None
         self._task = TaskID(0)
         self._num_steps = 0
         self._unprinted: Mapping[str, Any] | None = None
-        self._has_header = False
+        self._has_header = self._has_footnote = False
         self._troubles = Troubles()
 
     def start(self, run: RunStart) -> None:
         """Open the bar, or note where the lines begin."""
-        self._num_steps, self._has_header, self._unprinted = run.num_steps, False, None
+        self._num_steps, self._unprinted = run.num_steps, None
+        self._has_header = self._has_footnote = False
         self._troubles = Troubles()
         if sys.stderr.isatty():
-            self._progress = _progress_bar()
+            self._progress = _Bar.on_stderr()
             title = str(run.config.get("name") or "bilevel")
             self._task = self._progress.add_task(title, total=run.num_steps, completed=run.step, figures="")
             self._progress.start()
@@ -95,6 +98,7 @@ class ConsoleTracker(GuardedTracker):
         step = int(record["step"])
         self._num_steps = record.get("num_steps") or self._num_steps
         if self._progress is not None:
+            self._progress.below = ", ".join(_words(record))
             self._progress.update(self._task, completed=step + 1, total=self._num_steps, figures=_figures(record))
         if self._progress is None or not sys.stdout.isatty():
             if self._is_due(step):
@@ -132,27 +136,45 @@ class ConsoleTracker(GuardedTracker):
     def _print_line(self, record: Mapping[str, Any]) -> None:
         width = max(4, len(str(self._num_steps)))
         if not self._has_header:
-            print(f"{'step':>{width}}  " + "  ".join(f"{head:>{wide}}" for head, _, wide, _ in _COLUMNS))
+            print(f"{'step':>{width}}  " + "  ".join(f"{head:>{wide}}" for head, wide, _ in _COLUMNS))
             self._has_header = True
-        cells = "  ".join(f"{show(record.get(key)):>{wide}}" for _, key, wide, show in _COLUMNS)
+        cells = "  ".join(f"{show(record):>{wide}}" for _, wide, show in _COLUMNS)
         print(f"{record['step']:>{width}}  {cells}{_remarks(record)}", flush=True)
+        beneath = "".join(f"  {name} {figure:<8}" for name, figure in _grounds(record))
+        if beneath:
+            print(f"{'':{width}}{beneath}".rstrip(), flush=True)
+        if _is_uncertified(record) and not self._has_footnote:
+            print(_FOOTNOTE, flush=True)
+            self._has_footnote = True
         self._unprinted = None
 
 
-def _progress_bar() -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}", style="bold", markup=False),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}", markup=False),
-        console=console,
-        refresh_per_second=4,
-        redirect_stdout=sys.stdout.isatty(),  # a piped stdout must not end up in the bar's terminal
-    )
+class _Bar(Progress):
+    """A bar with a line of the whole width below it."""
+
+    below = ""
+
+    @classmethod
+    def on_stderr(cls) -> _Bar:
+        """Made for a terminal."""
+        return cls(
+            TextColumn("{task.description}", style="bold", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}", markup=False),
+            console=Console(stderr=True),
+            refresh_per_second=4,
+            redirect_stdout=sys.stdout.isatty(),  # a piped stdout must not end up in the bar's terminal
+        )
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bar, then the line."""
+        yield from super().get_renderables()
+        if self.below:
+            yield Text(self.below)
 
 
-def _figures(record: Mapping[str, Any]) -> str:
+def _figures(record: Record) -> str:
     return (
         f"ETA {duration(record.get('eta_seconds'))}  outer loss {number(record.get('outer_loss'))}"
         f"  hypergradient {number(record.get('hypergradient_norm'), 3)}"
@@ -160,7 +182,28 @@ def _figures(record: Mapping[str, Any]) -> str:
     )
 
 
-def _remarks(record: Mapping[str, Any]) -> str:
+def _is_uncertified(record: Record) -> bool:
+    """Whether there is an estimate and no declared bound stands behind it."""
+    return record.get("receipt.error_certified") is False and _known(record.get("hypergradient_error")) != MISSING
+
+
+def _grounds(record: Record) -> list[tuple[str, str]]:
+    """What the hypergradient rests on, by name; what its method does not have is left out."""
+    keys = (("stationarity", "receipt.stationarity"), ("linear residual", "receipt.linear_residual"))
+    found = [(name, _known(record.get(key))) for name, key in keys]
+    least, most = (_known(record.get(f"receipt.curvature_{end}")) for end in ("min", "max"))
+    found.append(("curvature", MISSING if least == most == MISSING else f"{least} to {most}"))
+    return [(name, figure) for name, figure in found if figure != MISSING]
+
+
+def _words(record: Record) -> list[str]:
+    """All that says what the hypergradient is worth and that the bar does not show."""
+    error, cosine = _known(record.get("hypergradient_error")), _known(record.get("hypergradient_cosine"))
+    found = [("error", f"{error} (not certified)" if _is_uncertified(record) else error), ("cosine", cosine)]
+    return [f"{name} {figure}" for name, figure in (*found, *_grounds(record)) if figure != MISSING]
+
+
+def _remarks(record: Record) -> str:
     marks = (("skipped", "skipped"), ("shrunk", "shrunk"), ("biased", "receipt.biased"))
     words = [word for word, key in marks if record.get(key)]
     return f"  ({', '.join(words)})" if words else ""
