@@ -1,6 +1,7 @@
 """The certificate: every planted fault is caught under its own name, and no sound problem is accused."""
 
 import json
+import math
 import re
 from collections import OrderedDict
 from pathlib import Path
@@ -10,9 +11,10 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, softplus
 
-from bilevel import Box, Positive, Problem, Simplex, check
+from bilevel import Box, Positive, Problem, Simplex, check, hypergradient_at
 from bilevel.cli.main import main
 from bilevel.diagnostics import Flaw, Verdict
+from bilevel.diagnostics.resolved import Measured, discrepancy
 from bilevel.errors import UsageError
 from bilevel.hypergradient import AdaptiveAccuracy, ForwardMode, Implicit, OneStep, Unrolled
 from bilevel.hypergradient.unconverged import Raise as StopUnconverged
@@ -255,7 +257,51 @@ class DetachedPenalty(Ridge):
         return (x @ params["w"] - y).square().mean() + (scaled * params["w"].square()).sum()
 
 
+class NotFinite(Ridge):
+    """One part of the problem that is finite at the starting point (zero), but not at the solution."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def inner_loss(self, params, hparams, batch):
+        loss = super().inner_loss(params, hparams, batch)
+        if self.part == "a Hessian product":
+            loss = loss + (params["w"] * 0.0).abs().pow(1.5).sum()  # slope 0, curvature 0 * inf
+        return loss
+
+    def outer_loss(self, params, hparams, batch):
+        w, loss = params["w"], super().outer_loss(params, hparams, batch)
+        if self.part == "the outer loss":
+            loss = loss + (1e-4 - w.square().sum()).log()
+        if self.part == "its gradient":
+            loss = loss + (w * 0.0).square().sum().sqrt()
+        return loss
+
+
+class NotFiniteBeside(Ridge):
+    """A part of the outer loss that is defined up to the hyperparameters given."""
+
+    def outer_loss(self, params, hparams, batch):
+        total = self.init_hparams()["penalty"].sum() * (1 + 1e-12) - hparams["penalty"].sum()
+        return super().outer_loss(params, hparams, batch) + torch.where(total >= 0, 0.0, torch.nan)
+
+
+class Autocast(Ridge):
+    """Rounds float32 to bfloat16; the certificate works in float64, which autocast leaves alone."""
+
+    def inner_loss(self, params, hparams, batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            fitted = self.x @ params["w"]
+        return (fitted - self.y).square().mean() + (hparams["penalty"] * params["w"].square()).sum()
+
+
 FAULTS = {
+    "autocast in the loss": (Autocast, {}, Flaw.autocast, "matmul at test_certificate.py"),
+    "outer loss not finite": (lambda: NotFinite("the outer loss"), {}, Flaw.nonfinite, "^outer_loss is not finite where"),
+    "outer gradient not finite": (lambda: NotFinite("its gradient"), {}, Flaw.nonfinite, "^the gradient of outer_loss is not"),
+    "Hessian not finite": (lambda: NotFinite("a Hessian product"), {}, Flaw.nonfinite, "^a product with the Hessian is not"),
+    "not finite beside": (NotFiniteBeside, {}, Flaw.nonfinite, "hyperparameters beside those given"),
     "dropout on": (lambda: Net(("drop", torch.nn.Dropout(0.5))), {}, Flaw.dropout, "drop"),
     "tracked BatchNorm": (lambda: Net(("norm", torch.nn.BatchNorm1d(3))), {}, Flaw.tracked_batch_norm, "norm"),
     "fresh minibatch per product": (FreshMinibatch, {}, Flaw.fresh_minibatch, "randint"),
@@ -318,6 +364,35 @@ def test_what_an_earlier_flaw_makes_meaningless_is_neither_passed_nor_failed():
     method = rows["the method"]
     assert method.passed is None and "not judged: wrong_derivative" in method.figure
     assert method.as_json()["passed"] is None and rows["products repeat"].as_json()["passed"] is True
+
+
+def test_where_a_part_is_not_finite_nothing_that_needs_it_is_judged():
+    rows = {row.check: row for row in check(NotFinite("the outer loss"), solver=SOLVED, hypergradient=CG).rows}
+    assert [name for name, row in rows.items() if row.judged] == [
+        "losses are fixed functions", "hyperparameters reached", "finite at the solution",
+    ]  # fmt: skip
+    assert rows["finite at the solution"].passed is False
+
+
+def test_extreme_eigenvalues_that_overflow_are_a_finding_and_no_traceback(monkeypatch):
+    class Huge(Ridge):
+        def inner_loss(self, params, hparams, batch):
+            return 1e160 * super().inner_loss(params, hparams, batch)
+
+    monkeypatch.setattr("bilevel.diagnostics.checks.DENSE_LIMIT", 2)
+    found = check(Huge(), solver=SOLVED, hypergradient=CG).found
+    assert "extreme eigenvalues" in found[Flaw.nonfinite]
+
+
+def test_a_number_that_is_not_finite_is_no_small_discrepancy():
+    class At:
+        raw_floor = 0.0
+
+    measured = [Measured(torch.tensor([1.0, 0.0]), 1.0), Measured(torch.tensor([0.0, 1.0]), math.nan)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bilevel.diagnostics.resolved.pull_to_raw", lambda subject, gradient: gradient)
+        assert math.isnan(discrepancy(At(), measured, torch.ones(2)))
+        assert discrepancy(At(), [Measured(torch.tensor([1.0, 0.0]), 0.0)], torch.zeros(2)) == 0.0
 
 
 def test_the_method_is_compared_with_finite_differences_too():
@@ -439,6 +514,53 @@ class IllConditioned(Ridge):
         return {"penalty": torch.full((8,), 1e-6)}
 
 
+class Tuned(Ridge):
+    """Stands at its own outer optimum, where the hypergradient is rounding; `way` says what makes it zero."""
+
+    def __init__(self, way):
+        super().__init__()
+        x, y = self.x.double(), self.y.double()
+        gram = x.mT @ x / len(y) + torch.diag(self.init_hparams()["penalty"].double().expand(4))
+        self.way, self.w = way, torch.linalg.solve(gram, x.mT @ y / len(y))
+        self.slope = -torch.linalg.solve(gram, self.w)  # dw / d penalty, of a penalty that all weights share
+        residual = torch.tensor([1.0, -2.0, 0.5, 1.5]).double()
+        self.target = self.w - residual
+        if way == "orthogonal":
+            self.target = self.w - residual + (residual @ self.slope) / (self.slope @ self.slope) * self.slope
+        if way == "dL/dx = 0":
+            self.target = self.w
+
+    def init_hparams(self):
+        return {"penalty": torch.tensor(0.5)}
+
+    def outer_loss(self, params, hparams, batch):
+        loss = (params["w"] - self.target).square().sum()
+        if self.way == "terms cancel":
+            loss = loss - 2 * (self.w - self.target) @ self.slope * hparams["penalty"]
+        return loss
+
+
+class Ineffective(Ridge):
+    """The hypergradient is exactly zero, and so are both of its terms."""
+
+    def outer_loss(self, params, hparams, batch):
+        return 0.0 * super().outer_loss(params, hparams, batch)
+
+
+class AtTheEdge(Ridge):
+    """Losses that are undefined outside the constraints, and hyperparameters that are nearly there."""
+
+    constraints = {"small": Positive(), "weight": Box(0.0, 1.0)}
+
+    def init_hparams(self):
+        return {"small": torch.tensor(1e-7), "weight": torch.tensor([1e-6, 1.0 - 1e-6]).double()}
+
+    def inner_loss(self, params, hparams, batch):
+        w, weight = params["w"], hparams["weight"]
+        pull = weight.sqrt().sum() * w[0] + (1.0 - weight).sqrt().sum() * w[1] + 1e3 * hparams["small"].sqrt() * w[2]
+        return (self.x @ w - self.y).square().mean() + 0.1 * w.square().sum() + 0.1 * pull
+
+
 class Equilibrium(Problem):
     """A deep equilibrium layer: an unsymmetric Jacobian, no loss."""
 
@@ -540,6 +662,12 @@ SOUND = {
     "mixture on a simplex": (Mixture, {}),
     "shifted targets": (Targets, {}),
     "ill-conditioned": (IllConditioned, {"hypergradient": Implicit(linear_solver=DenseCholesky())}),
+    "tuned, flat outer loss": (lambda: Tuned("dL/dx = 0"), {}),
+    "tuned, orthogonal": (lambda: Tuned("orthogonal"), {}),
+    "tuned, terms that cancel": (lambda: Tuned("terms cancel"), {}),
+    "tuned, as a run begins": (lambda: Tuned("dL/dx = 0"), {"solver": LBFGS(), "hypergradient": Implicit.auto()}),
+    "no effect at all": (Ineffective, {}),
+    "at the edge of the constraints": (AtTheEdge, {}),
     "equilibrium": (Equilibrium, {"solver": ANDERSON, "hypergradient": GENERAL}),
     "equilibrium, BiCGStab": (Equilibrium, {"solver": ANDERSON, "hypergradient": Implicit(linear_solver=BiCGStab(rtol=1e-9))}),
     "optimality and loss": (BothGiven, {"solver": ANDERSON, "hypergradient": GENERAL}),
@@ -582,6 +710,29 @@ UNSOLVED = {"solver": GradientDescent(max_steps=3), "hypergradient": CG}
 def test_declared_findings_are_approximate_and_pass():
     certificate = check(Ridge(), **UNSOLVED, declared={"unconverged_inner_solve": "three steps on purpose"})
     assert certificate.verdict is Verdict.approximate and certificate.undeclared == [] == certificate.absent
+
+
+def test_the_verdict_says_what_a_declared_finding_kept_from_being_judged():
+    options = {"solver": GradientDescent(learning_rate=0.5, max_steps=500), "declared": {"kink": "a ReLU"}}
+    certificate = check(Kink(), hypergradient=CG, **options)
+    assert certificate.verdict is Verdict.approximate
+    assert certificate.sentence == (
+        "approximate as declared: what was found is what was declared; not judged for that reason: adjoint of the mixed "
+        "product, inner problem solved, finite differences of the re-solved problem, the method, the first outer step, "
+        "all methods at the solution"
+    )
+    assert certificate.as_json()["not judged"] == certificate.not_judged and len(certificate.not_judged) == 6
+    judged = check(Ridge(), **UNSOLVED, declared={"unconverged_inner_solve": "three steps on purpose"})
+    assert judged.sentence.endswith("what was found is what was declared, and nothing else") and not judged.not_judged
+    assert check(Ridge(), hypergradient=CG).sentence == "sound: every check passed"
+
+
+def test_a_fault_near_an_outer_optimum_is_still_a_fault():
+    """What counts as zero is a hundredth of the terms: a bias as large as one of them is no rounding."""
+    biased = Implicit(linear_solver=IdentitySolver(0.1))
+    found = check(Tuned("terms cancel"), solver=SOLVED, hypergradient=biased).found
+    assert list(found) == [Flaw.biased_method]
+    assert list(check(Tuned("orthogonal"), solver=SOLVED, hypergradient=biased).found) == [Flaw.biased_method]
 
 
 def test_a_declared_finding_that_is_absent_fails():
@@ -642,6 +793,16 @@ def test_methods_of_an_optimality_and_of_few_hyperparameters_are_shown():
     assert {"implicit_gmres", "implicit_bicgstab", "implicit_lsmr", "forward", "one_step"} <= set(methods)
     assert not {"implicit_cg", "sama", "finite_difference"} & set(methods)
     assert min(point.error for point in methods["implicit_gmres"]) < 1e-9
+
+
+def test_one_hypergradient_that_is_exactly_zero_is_told_as_in_a_run(recwarn):
+    found = hypergradient_at(Ridge(), method=CG)
+    assert found.gradient["penalty"].any() and not recwarn.list
+    with pytest.warns(
+        UserWarning, match="whole hypergradient of 'penalty' is exactly zero.*multiplied by zero on its way"
+    ):
+        found = hypergradient_at(Ineffective(), method=CG)
+    assert not found.gradient["penalty"].any()
 
 
 def run(tmp_path, capsys, *words):

@@ -100,7 +100,7 @@ def table(certificate: Any, title: str) -> str:
         console.print(Text(f"  declared: {reason}" if reason else f"  what to do: {flaw.value}"), highlight=False)
     for name in certificate.absent:
         console.print(Text(f"{name}: declared in check.declared, but not found: take it out."), highlight=False)
-    console.print(Text(certificate.verdict.value, "bold"), highlight=False)
+    console.print(Text(certificate.sentence, "bold"), highlight=False)
     return out.getvalue().rstrip()
 
 

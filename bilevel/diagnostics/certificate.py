@@ -21,6 +21,7 @@ from bilevel.solvers import InnerSolver
 # What a flaw explains: rows that fail only for that reason say so instead of naming flaws of their own.
 EVERYTHING = frozenset(
     {
+        "finite",
         "repeatable",
         "symmetric",
         "spectrum",
@@ -36,7 +37,7 @@ CONSEQUENCES: Mapping[Flaw, frozenset[str]] = {
     Flaw.hidden_randomness: EVERYTHING,
     Flaw.fresh_minibatch: EVERYTHING,
     Flaw.changed_in_place: EVERYTHING,
-    Flaw.nonfinite: EVERYTHING,
+    Flaw.nonfinite: EVERYTHING | {"optimality_and_loss"},
     Flaw.kink: EVERYTHING,
     Flaw.singular_hessian: frozenset(
         {"smooth", "adjoint", "stationarity", "finite_differences", "method", "first_step"}
@@ -48,10 +49,10 @@ CONSEQUENCES: Mapping[Flaw, frozenset[str]] = {
 
 
 class Verdict(Enum):
-    """What a certificate says; the value ends its last line."""
+    """What a certificate says; the value begins its last line."""
 
     sound = "sound: every check passed"
-    approximate = "approximate as declared: what was found is what was declared, and nothing else"
+    approximate = "approximate as declared: what was found is what was declared"
     fault = "fault: see what to do above"
 
 
@@ -95,10 +96,27 @@ class Certificate:
             return Verdict.fault
         return Verdict.approximate if self.declared else Verdict.sound
 
+    @property
+    def not_judged(self) -> list[str]:
+        """Titles of the checks that a finding makes meaningless, so that nothing is known of what they look for."""
+        return [row.check for row in self.rows if not row.judged]
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in words; a declaration covers what was found, not what could not be looked for."""
+        if self.verdict is not Verdict.approximate:
+            return self.verdict.value
+        rest = (
+            f"; not judged for that reason: {', '.join(self.not_judged)}" if self.not_judged else ", and nothing else"
+        )
+        return self.verdict.value + rest
+
     def as_json(self) -> dict[str, Any]:
         """For `certificate.json`."""
         return {
             "verdict": self.verdict.name,
+            "sentence": self.sentence,
+            "not judged": self.not_judged,
             "checks": [row.as_json() for row in self.rows],
             "declared": dict(self.declared),
             "undeclared": [flaw.name for flaw in self.undeclared],
@@ -119,9 +137,10 @@ def check(
 ) -> Certificate:
     r"""Certify the hypergradient of a problem, in float64 and at the problem's own solution.
 
-    Looks whether the losses are functions (no draws, no changing buffers), whether products repeat and are symmetric, at
-    the spectrum of the inner Hessian, at kinks, at the mixed product, at what the inner solve leaves, and compares the
-    theorem's number with finite differences of the *re-solved* problem, and the configured method with both. The method is
+    Looks whether the losses are functions (no draws, no changing buffers) and finite, whether products repeat and are
+    symmetric, at the spectrum of the inner Hessian, at kinks, at the mixed product, at what the inner solve leaves, and
+    compares the theorem's number with finite differences of the *re-solved* problem, and the configured method with both. An
+    error is relative to the hypergradient, or to a thousandth of its terms where these cancel further. The method is
     certified at the tolerances that the solvers were given; where it adapts them, the error of its first step is told. So is
     what every other method makes of the same solution, for more and more products.
 
@@ -174,7 +193,8 @@ def check(
             rows.append(_not_judged("methods", next(iter(explained.values()))))
             return Certificate(tuple(rows), dict(declared or {}))
         methods = every_method(subject)
-    return Certificate((*rows, best_of(methods)), dict(declared or {}), methods)
+    last = best_of(methods) if methods else Row(TITLES["methods"], "the hypergradient is zero: no relative errors")
+    return Certificate((*rows, last), dict(declared or {}), methods)
 
 
 def _run(subject: Subject, limits: Limits, first: Row) -> list[Row]:

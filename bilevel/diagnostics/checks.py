@@ -9,8 +9,10 @@ from torch import Tensor
 
 from bilevel.diagnostics.comparisons import finite_differences, first_step, method, stationarity
 from bilevel.diagnostics.finding import DIFFERENCE, TITLES, Flaw, Limits, Row, row
+from bilevel.diagnostics.resolved import pull_to_raw, raw_coordinates
 from bilevel.diagnostics.subject import DENSE_LIMIT, Subject, relative, solve
 from bilevel.hypergradient import find_paths
+from bilevel.hypergradient.method import outer_gradients
 from bilevel.linalg import Tag, as_matrix, lanczos
 from bilevel.linearisation import Linearisation
 from bilevel.problem import Problem
@@ -63,6 +65,53 @@ def paths(subject: Subject, limits: Limits) -> Row:
             flaws.append((Flaw.disconnected_hyperparameter, f"'{name}' reaches the outer loss {where}"))
     connected = len(found) - len(flaws)
     return Row(TITLES["paths"], f"{connected} of {len(found)}", "all", tuple(flaws))
+
+
+def finite(subject: Subject, limits: Limits) -> Row:
+    """Whether the losses, `F` and the products with its derivatives are finite where the solver ends, and at the root.
+
+    One product with a random vector stands for a matrix: it has no zeros that could hide an entry.
+    """
+    broken = _broken(subject, subject.at_own, "where the inner solve ends")
+    broken = broken or _broken(subject, subject.at_refined, "at the refined solution")
+    return _finite_row("finite", broken)
+
+
+def _broken(subject: Subject, at: Linearisation, where: str) -> list[str]:
+    """What is not finite at a point; a product is not worth a word where the loss is not finite, nor one it is made of."""
+    vector = _direction(subject, at.params, 5)
+    with torch.no_grad():
+        losses = {"outer_loss": subject.flat.outer_loss(at.params, subject.hparams, subject.batches.outer)}
+        of_loss = subject.flat.objective(subject.batches.curvature).loss
+        if of_loss is not None:
+            losses["inner_loss"] = of_loss(at.params, subject.hparams)
+    _, by_params, direct = outer_gradients(subject.flat, at.params, subject.hparams, subject.batches)
+    mixed = at.mixed(vector)
+    hessian = "Hessian" if Tag.symmetric in at.operator.tags else "Jacobian"
+    stages = [
+        {"the solution itself": at.params},
+        losses,
+        {
+            "the optimality F" if of_loss is None else "the gradient of inner_loss": at.optimality,
+            "the gradient of outer_loss": by_params,
+            **{f"the gradient of outer_loss with respect to '{name}'": value for name, value in direct.items()},
+        },
+        {
+            f"a product with the {hessian}": at.operator.mv(vector),
+            **{f"the mixed product of '{name}'": value for name, value in mixed.items()},
+        },
+    ]
+    for stage in stages:
+        found = [f"{name} is not finite {where}" for name, value in stage.items() if not bool(value.isfinite().all())]
+        if found:
+            return found
+    return []
+
+
+def _finite_row(check: str, broken: list[str]) -> Row:
+    """A row of what is not finite."""
+    flaws = tuple((Flaw.nonfinite, said) for said in broken)
+    return Row(TITLES[check], f"{len(broken)} not finite" if broken else "yes", "yes", flaws)
 
 
 def optimality_and_loss(subject: Subject, limits: Limits) -> Row:
@@ -144,17 +193,24 @@ def _differences(subject: Subject, v: Tensor, length: float) -> tuple[float, flo
 
 
 def adjoint(subject: Subject, limits: Limits) -> Row:
-    """`<w, (∂F/∂θ) u>` by finite differences of `F` against `<(∂F/∂θ)^T w, u>` by the graph."""
-    x, layout = subject.refined, subject.layout
-    theta = layout.ravel(subject.hparams)
+    """`<w, (∂F/∂θ) u>` by finite differences of `F` against `<(∂F/∂θ)^T w, u>` by the graph.
+
+    In raw coordinates, where no step leaves the constraint: a natural step may reach a penalty below zero.
+    """
+    x = subject.refined
+    theta, natural = raw_coordinates(subject)
     u, w = _direction(subject, theta, 20) * theta.abs().clamp(min=1e-3), _direction(subject, x, 21)
     length = 1e-4
-    values = [subject.linearise(x, layout.unravel(theta + s * length * u)).optimality.detach() for s in (1, -1)]
+    with torch.no_grad():
+        beside = [natural(theta + s * length * u) for s in (1, -1)]
+    values = [subject.linearise(x, hparams).optimality.detach() for hparams in beside]
     forward = float((w * (values[0] - values[1])).sum() / (2 * length))
-    pulled = layout.ravel(subject.at_refined.mixed(w))
-    backward, size = float((pulled * u).sum()), float((pulled.norm() * u.norm()).clamp(min=1e-12))
+    pulled = pull_to_raw(subject, subject.layout.ravel(subject.at_refined.mixed(w)))
+    backward, size = float((pulled * u).sum()), float(pulled.norm() * u.norm())
     change = float((values[0] - values[1]).norm()) / (2 * length)
-    error = abs(forward - backward) / max(size, change, 1e-12)
+    # What rounding leaves of F, which is a difference of terms as large as its derivative times the point.
+    rounding = torch.finfo(x.dtype).eps * _size(subject.at_refined) * float(x.norm()) / length
+    error = abs(forward - backward) / max(size, change, rounding / DIFFERENCE, 1e-12)
     said = f"the mixed product and finite differences of F in the hyperparameters differ by {error:.2g}"
     flaw = Flaw.wrong_optimality if hasattr(subject.problem, "optimality") else Flaw.wrong_mixed_product
     return row(TITLES["adjoint"], error, DIFFERENCE, flaw, said)
@@ -166,6 +222,8 @@ def spectrum(subject: Subject, limits: Limits) -> Row:
     n, is_hessian = operator.shape[0], Tag.symmetric in operator.tags
     if n <= DENSE_LIMIT:
         matrix = as_matrix(operator)
+        if not bool(matrix.isfinite().all()):  # the eigensolver would raise
+            return _finite_row("spectrum", ["the matrix of products with unit vectors is not finite at the solution"])
         values = torch.linalg.eigvalsh((matrix + matrix.mT) / 2) if is_hessian else torch.linalg.svdvals(matrix)
         smallest, largest = values.amin(-1), values.amax(-1)
         least = values.abs().amin(-1)
@@ -180,6 +238,8 @@ def spectrum(subject: Subject, limits: Limits) -> Row:
         smallest, largest = ritz.smallest.clamp(min=0).sqrt(), ritz.largest.sqrt()
         least = _least_by_inverse(subject, limits)
     size = torch.maximum(smallest.abs(), largest.abs())
+    if not bool(size.isfinite().all()):
+        return _finite_row("spectrum", ["the extreme eigenvalues of a Krylov space are not finite at the solution"])
     worst = int((least / size).flatten().argmin())
     low, high, ratio = (float(v.flatten()[worst]) for v in (smallest, largest, size / least.clamp(min=1e-300)))
     figure = f"{'eigenvalues' if is_hessian else 'singular values'} from {low:.3g} to {high:.3g}, condition {ratio:.2g}"
@@ -193,6 +253,7 @@ def spectrum(subject: Subject, limits: Limits) -> Row:
 
 CHECKS: tuple[Check, ...] = (
     paths,
+    finite,
     repeatable,
     symmetric,
     spectrum,

@@ -22,7 +22,7 @@ from bilevel.hypergradient import (
 def stationarity(subject: Subject, limits: Limits) -> Row:
     """How far the hypergradient at the own solution is from that at the refined one."""
     own, exact = subject.hypergradient(subject.at_own)[0], subject.exact
-    error = relative(own, exact)
+    error = relative(own, exact, subject.floor)
     inner = subject.inner
     figure = (
         f"{inner.result.name} after {inner.num_steps} steps, |F| = {float(subject.at_own.stationarity.max()):.2g}, "
@@ -42,10 +42,15 @@ def stationarity(subject: Subject, limits: Limits) -> Row:
 
 def finite_differences(subject: Subject, limits: Limits) -> Row:
     """The theorem's number against differences of the re-solved problem along directions of the hyperparameters."""
+    title = TITLES["finite_differences"]
+    broken = [one.value for one in subject.measured if not math.isfinite(one.value)]
+    if broken:
+        said = f"the outer loss at hyperparameters beside those given is not finite: a difference is {broken[0]:g}"
+        return Row(title, f"{broken[0]:g}", f"<= {DIFFERENCE:g}", ((Flaw.nonfinite, said),))
     error = discrepancy(subject, subject.measured, subject.exact)
     said = f"finite differences of the re-solved problem differ from the theorem's derivative by {error:.2g}"
     flaw = Flaw.wrong_optimality if hasattr(subject.problem, "optimality") else Flaw.wrong_derivative
-    return row(TITLES["finite_differences"], error, DIFFERENCE, flaw, said)
+    return row(title, error, DIFFERENCE, flaw, said)
 
 
 def method(subject: Subject, limits: Limits) -> Row:
@@ -58,9 +63,10 @@ def method(subject: Subject, limits: Limits) -> Row:
     if isinstance(result, NumericalError):
         return Row(title, f"{name} stops", f"<= {limits.tolerance:g}", ((Flaw.stopped_by_policy, str(result)),))
     gradient, implicit = subject.layout.ravel(result.gradient), isinstance(subject.method, Implicit)
-    error, beside_measured = relative(gradient, subject.exact), discrepancy(subject, subject.measured, gradient)
-    beside = relative(gradient, subject.hypergradient(subject.at_own)[0] if implicit else subject.exact)
-    solved = relative(subject.hypergradient(subject.at_own)[0], subject.exact) <= limits.tolerance
+    own, exact, floor = subject.hypergradient(subject.at_own)[0], subject.exact, subject.floor
+    error, beside_measured = relative(gradient, exact, floor), discrepancy(subject, subject.measured, gradient)
+    beside = relative(gradient, own if implicit else exact, floor)
+    solved = relative(own, exact, floor) <= limits.tolerance
     flaws: tuple[tuple[Flaw, str], ...] = ()
     if not beside <= limits.tolerance and (implicit or solved):
         receipt = result.receipt
@@ -83,7 +89,7 @@ def first_step(subject: Subject, limits: Limits) -> Row:
     if isinstance(result, NumericalError):
         return Row(title, "stopped by its policy")
     gradient = subject.layout.ravel(result.gradient)
-    error, size = relative(gradient, subject.exact), float(gradient.norm())
+    error, size = relative(gradient, subject.exact, subject.floor), float(gradient.norm())
     figure = f"relative error {error:.2g}, at the tolerances that a run starts with"
     if size > 0 and not math.isnan(result.receipt.error_estimate):
         figure += f"; its receipt says {result.receipt.error_estimate / size:.2g}"

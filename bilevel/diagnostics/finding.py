@@ -17,6 +17,7 @@ class Flaw(Enum):
     changing_buffer = "call eval() on the module that changes it"
     hidden_randomness = "draw from torch's global generator, or from one that the problem holds as an attribute"
     changed_in_place = "compute without in-place operations on data, parameters or hyperparameters"
+    autocast = "take torch.autocast out of the losses, or give it enabled=False: float32 keeps three digits under it"
     unconverged_inner_solve = "allow more inner steps, a tighter atol, or another solver such as newton_cg or lbfgs"
     wrong_optimality = (
         "make optimality vanish where the inner problem is solved, by differentiable operations throughout"
@@ -80,6 +81,7 @@ DIFFERENCE = 1e-3  # relative difference that finite differences leave
 TITLES = {
     "one_function": "losses are fixed functions",
     "paths": "hyperparameters reached",
+    "finite": "finite at the solution",
     "stationarity": "inner problem solved",
     "optimality_and_loss": "optimality fits inner_loss",
     "repeatable": "products repeat",

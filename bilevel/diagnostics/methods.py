@@ -110,7 +110,7 @@ def _points(subject: Subject, trials: Iterator[Trial]) -> Iterator[Point]:
         except (UsageError, NumericalError):
             return
         gradient = subject.layout.ravel(made.gradient)
-        error, receipt = relative(gradient, exact), made.receipt
+        error, receipt = relative(gradient, exact, subject.floor), made.receipt
         products = receipt.products + recorded
         if math.isfinite(error):
             yield Point(products, error, discrepancy(subject, subject.measured, gradient))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -40,26 +41,37 @@ def directional_derivatives(subject: Subject, gradient: Tensor, seed: int) -> li
         gradient: a hypergradient, ravelled, natural units.
         seed: of the random direction.
     """
-    flat, natural = _raw(subject)
-    slope = _pull(subject, gradient)
+    flat, natural = raw_coordinates(subject)
+    slope = pull_to_raw(subject, gradient)
     chosen = normal((len(flat),), generator(seed, 40), flat.dtype, flat.device)
     directions = [one / one.norm() for one in (slope, chosen) if float(one.norm()) > 0]
-    return [Measured(one, _extrapolated(partial(_difference, subject, natural, flat, one))) for one in directions]
+    least = _along_one(subject.raw_floor, slope)
+    differences = [partial(_difference, subject, natural, flat, one) for one in directions]
+    return [Measured(one, _extrapolated(along, least)) for one, along in zip(directions, differences, strict=True)]
 
 
 def discrepancy(subject: Subject, measured: Sequence[Measured], gradient: Tensor) -> float:
     """How far a hypergradient is from measured derivatives: the largest relative error.
 
-    Relative to the larger of the two, or to what a random direction would have.
+    Relative to the larger of the two, or to what a random direction would have: of this gradient, or of the floor.
     """
-    slope = _pull(subject, gradient)
-    usual = float(slope.norm()) / len(slope) ** 0.5
-    expected = [float(slope @ one.direction) for one in measured]
-    sizes = [max(abs(one.value), abs(own), usual, 1e-12) for one, own in zip(measured, expected, strict=True)]
-    return max(abs(one.value - own) / size for one, own, size in zip(measured, expected, sizes, strict=True))
+    slope = pull_to_raw(subject, gradient)
+    usual = _along_one(max(float(slope.norm()), subject.raw_floor), slope)
+    errors = [0.0]
+    for direction, value in measured:
+        own = float(slope @ direction)
+        gap = abs(value - own)
+        errors.append(gap / max(abs(value), abs(own), usual) if gap != 0 else 0.0)
+    # max() alone passes over a NaN that does not come first.
+    return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
-def _raw(subject: Subject) -> tuple[Tensor, Callable[[Tensor], TensorDict]]:
+def _along_one(length: float, slope: Tensor) -> float:
+    """What a random direction would see of a gradient of this length."""
+    return length / max(len(slope), 1) ** 0.5
+
+
+def raw_coordinates(subject: Subject) -> tuple[Tensor, Callable[[Tensor], TensorDict]]:
     """The raw hyperparameters as one vector, and the way from there to natural ones."""
     raw = {name: value.detach() for name, value in subject.bijections.to_raw(subject.hparams).items()}
     names, sizes = list(raw), [value.numel() for value in raw.values()]
@@ -71,23 +83,24 @@ def _raw(subject: Subject) -> tuple[Tensor, Callable[[Tensor], TensorDict]]:
     return torch.cat([raw[name].flatten() for name in names]), natural
 
 
-def _pull(subject: Subject, gradient: Tensor) -> Tensor:
+def pull_to_raw(subject: Subject, gradient: Tensor) -> Tensor:
     """A gradient with respect to natural hyperparameters, with respect to raw ones."""
-    flat, natural = _raw(subject)
+    flat, natural = raw_coordinates(subject)
     leaf = flat.clone().requires_grad_()
     (slope,) = torch.autograd.grad(subject.layout.ravel(natural(leaf)), leaf, gradient)
     return slope
 
 
-def _extrapolated(difference: Callable[[float], float]) -> float:
+def _extrapolated(difference: Callable[[float], float], least: float) -> float:
     """Richardson's value of central differences, at the first step that agrees with the next one.
 
-    A larger step may reach beyond a point where the solution is not smooth, such as a change of the active set.
+    A larger step may reach beyond a point where the solution is not smooth, such as a change of the active set. Below
+    `least` a derivative counts as zero: two numbers that are rounding would never agree.
     """
     step, coarse = STEP, difference(STEP)
     for _ in range(MAX_HALVINGS):
         fine = difference(step / 2)
-        if abs(fine - coarse) <= AGREEMENT * max(abs(fine), abs(coarse)):
+        if abs(fine - coarse) <= AGREEMENT * max(abs(fine), abs(coarse), least):
             break
         step, coarse = step / 2, fine
     return (4 * fine - coarse) / 3

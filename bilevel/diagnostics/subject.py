@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bilevel.constraints import Bijections
-from bilevel.diagnostics.resolved import Measured, directional_derivatives
+from bilevel.diagnostics.resolved import Measured, directional_derivatives, pull_to_raw
 from bilevel.flat import FlatProblem, StepBatches, given_hparams
 from bilevel.hypergradient import HypergradientMethod
 from bilevel.hypergradient.method import outer_gradients, solve_inner
@@ -21,12 +21,15 @@ from bilevel.linalg import GMRES, MINRES, DenseLU, Tag
 from bilevel.linearisation import Linearisation, linearise
 from bilevel.problem import Problem
 from bilevel.result import Solution
+from bilevel.rng import generator, normal
 from bilevel.solvers import LBFGS, InnerSolution, InnerSolver, run
 from bilevel.tree import Layout, TensorDict
 
 DENSE_LIMIT = 800  # parameters up to which the inner Hessian is built as a matrix
 MAX_NEWTON = 30
 MAX_DESCENT = 5000
+CANCELLED = 1e-3  # of the terms of a hypergradient: where they cancel further, what they leave counts as zero
+ASIDE = 0.1  # of the size of a solution: how far from it the terms are looked at, too
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,35 @@ class Subject:
         """Derivatives of the outer loss by finite differences of the re-solved problem."""
         return directional_derivatives(self, self.exact, self.seed)
 
+    @cached_property
+    def terms(self) -> list[Tensor]:
+        """The two terms of the hypergradient, `∂L/∂θ` and `(∂F/∂θ)^T y`, at the refined solution and beside it.
+
+        What rounding and loose solves leave is a part of these, so that their sizes say which hypergradient counts as zero.
+        At an outer optimum they may be zero themselves: `∂L/∂x = 0` where there are as many hyperparameters as parameters,
+        or `y` is orthogonal to `∂F/∂θ`. At a random point beside the solution neither holds; the Hessian is left as it is,
+        since that of another point may be singular.
+        """
+        x = self.refined
+        vector = normal(tuple(x.shape), generator(self.seed, 50), x.dtype, x.device)
+        step = ASIDE * x.norm(dim=-1, keepdim=True) * vector / vector.norm(dim=-1, keepdim=True)
+        found = []
+        for at in (self.at_refined, self.linearise(x + step, self.hparams)):
+            _, by_params, direct = outer_gradients(self.flat, at.params, self.hparams, self.batches)
+            mixed = at.mixed(solve(self.at_refined, by_params, transposed=True).value)
+            found += [self.layout.ravel(direct), self.layout.ravel(mixed)]
+        return [one for one in found if bool(one.isfinite().all())]  # a loss may be undefined beside its solution
+
+    @cached_property
+    def floor(self) -> float:
+        """The length below which a hypergradient counts as zero, in natural units."""
+        return CANCELLED * sum(float(one.norm()) for one in self.terms)
+
+    @cached_property
+    def raw_floor(self) -> float:
+        """The same in raw coordinates."""
+        return CANCELLED * sum(float(pull_to_raw(self, one).norm()) for one in self.terms)
+
     @property
     def layout(self) -> Layout:
         """Names and shapes of the hyperparameters."""
@@ -158,9 +190,9 @@ def solve(at: Linearisation, vector: Tensor, *, transposed: bool = False) -> Sol
     return solution
 
 
-def relative(value: Tensor, reference: Tensor) -> float:
-    """Norm of the difference over the norm of the reference; 0 for two zeros."""
-    gap, size = float((value - reference).norm()), float(reference.norm())
+def relative(value: Tensor, reference: Tensor, floor: float = 0.0) -> float:
+    """Norm of the difference over the norm of the reference, or over the floor where that is larger; 0 for two zeros."""
+    gap, size = float((value - reference).norm()), max(float(reference.norm()), floor)
     if gap == 0:
         return 0.0
     return gap / size if size > 0 else float("inf")

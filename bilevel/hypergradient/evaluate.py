@@ -11,7 +11,7 @@ from torch import Tensor
 from bilevel.flat import FlatProblem, StepBatches, given_hparams
 from bilevel.hypergradient.implicit import Implicit
 from bilevel.hypergradient.method import HypergradientMethod, differentiate, start_method
-from bilevel.hypergradient.paths import check_paths
+from bilevel.hypergradient.paths import check_not_all_zero, check_paths
 from bilevel.hypergradient.trial import bind_solver, check_arguments, report_impurities
 from bilevel.problem import Problem
 from bilevel.receipt import Receipt
@@ -53,6 +53,8 @@ def hypergradient_at(
 ) -> Evaluation:
     r"""Solve the inner problem and differentiate the outer loss: `d/dθ outer_loss(params*(θ), θ)`.
 
+    Warns of a hyperparameter whose whole hypergradient is exactly zero, as the first step of `fit` does.
+
     Args:
         problem: the problem.
         hparams: where, in natural units, nested or with dotted names; `init_hparams()` by default.
@@ -93,6 +95,8 @@ def hypergradient_at(
         start = flat.start(at)
     report_impurities(flat, start.detach(), at, batches)
     result = differentiate(method, flat, solver, start, at, batches, start_method(method, flat, solver, start, at))
+    if all(bool(value.isfinite().all()) for value in result.gradient.values()):
+        check_not_all_zero(result, method)
     return Evaluation(
         result.gradient, result.receipt, flat.unravel(result.params), result.outer_loss, result.inner_loss
     )
