@@ -345,13 +345,14 @@ def test_more_steps_ends_after_its_rounds_and_says_so():
 @pytest.mark.parametrize(
     "solver", [SHORT, replace(SHORT, momentum=0.5), Adam(max_steps=5, atol=1e-9)], ids=["plain", "momentum", "Adam"]
 )
-def test_truncated_unrolling_goes_on_from_the_solvers_own_state(solver):
-    found = evaluate(Bowl(), solver=solver, unconverged=unconverged.TruncatedUnroll(last=3))
-    expected = hypergradient_at(Bowl(), solver=replace(solver, max_steps=8), method=Unrolled(last=3))
+@pytest.mark.parametrize("last", [3, 7], ids="{} steps".format)
+def test_truncated_unrolling_goes_on_from_the_solvers_own_state(solver, last):
+    found = evaluate(Bowl(), solver=solver, unconverged=unconverged.TruncatedUnroll(last=last))
+    expected = hypergradient_at(Bowl(), solver=replace(solver, max_steps=5 + last), method=Unrolled(last=last))
     torch.testing.assert_close(found.gradient, expected.gradient, rtol=1e-12, atol=0)
     torch.testing.assert_close(found.params, expected.params, rtol=1e-12, atol=0)
-    assert found.receipt.inner_steps == found.receipt.inner_gradients == 8
-    assert any("its last 3 steps are unrolled" in reason for reason in found.receipt.biased)
+    assert found.receipt.inner_steps == found.receipt.inner_gradients == 5 + last
+    assert any(f"its last {last} steps are unrolled" in reason for reason in found.receipt.biased)
 
 
 def test_truncated_unrolling_needs_a_recordable_solver():

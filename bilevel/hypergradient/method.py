@@ -111,9 +111,8 @@ def start_method(
 ) -> MethodState:
     """The state before the first outer step: the method's own, and that of its accuracy if that can serve the method."""
     own = method.init(problem, solver, params, hparams)
-    stochastic = StepBatches(
-        problem.problem, 0
-    ).stochastic  # the gradient of a batch says nothing of how far a solve is
+    # The gradient of a batch says nothing of how far a solve has come.
+    stochastic = StepBatches(problem.problem, 0).stochastic
     if method.accuracy.needs_estimate and (stochastic or not method.estimates_error(problem, solver)):
         return own
     return {**own, **method.accuracy.init(params)}

@@ -136,7 +136,8 @@ class TruncatedUnroll(Unconverged):
 
     def handle(self, step: OuterStep, inner: InnerSolution) -> InnerSolution | Hypergradient:
         """Unroll from the iterate that was reached."""
-        result = Unrolled(last=self.last).further(step.problem, step.solver, inner, step.hparams, step.batches)
+        solver = replace(step.solver, max_steps=self.last)
+        result = Unrolled().further(step.problem, solver, inner, step.hparams, step.batches)
         receipt = replace(
             result.receipt,
             inner_steps=inner.num_steps + result.receipt.inner_steps,

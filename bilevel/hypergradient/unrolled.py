@@ -77,7 +77,6 @@ class Unrolled(HypergradientMethod):
         at = leaves(hparams)
         with torch.enable_grad():
             start = starting_point(problem, params, at, self.warm_start)
-        derive = self._record if self.checkpoint_every is None else self._in_segments
         total, last = solver.max_steps, self._num_recorded(solver)
         while True:  # the loop may converge before `total` steps: then the recorded ones are moved forward
             skipped = _skip(problem, solver, start.detach(), detach(at), batches, total - last)
@@ -85,7 +84,7 @@ class Unrolled(HypergradientMethod):
                 total = skipped.num_steps
                 continue
             beginning = start if skipped is None else skipped.params
-            inner, outer, gradient = derive(problem, solver, beginning, at, batches, skipped)
+            inner, outer, gradient = self._derive(problem, solver, beginning, at, batches, skipped)
             made = inner.num_steps + (0 if skipped is None else skipped.num_steps)
             if skipped is None or made == total:
                 break
@@ -105,11 +104,24 @@ class Unrolled(HypergradientMethod):
         batches: StepBatches,
     ) -> Hypergradient:
         """The hypergradient through further steps only, which go on from the end of a solve with the solver's own state."""
-        record = self._record if self.checkpoint_every is None else self._in_segments
-        more, outer, gradient = record(problem, solver, inner.params.detach(), leaves(hparams), batches, inner)
+        start = inner.params.detach()
+        more, outer, gradient = self._derive(problem, solver, start, leaves(hparams), batches, inner)
         params = more.params.detach()
         value = inner_value(problem, params, detach(hparams), batches.curvature)
         return Hypergradient(gradient, params, {}, Receipt(**describe(more)), outer, value)
+
+    def _derive(
+        self,
+        problem: FlatProblem,
+        solver: InnerSolver,
+        start: Tensor,
+        at: TensorDict,
+        batches: StepBatches,
+        skipped: InnerSolution | None,
+    ) -> tuple[InnerSolution, float, TensorDict]:
+        """The recorded steps, the outer loss and its gradient through them."""
+        derive = self._record if self.checkpoint_every is None else self._in_segments
+        return derive(problem, solver, start, at, batches, skipped)
 
     def _record(
         self,
