@@ -22,7 +22,7 @@ from benchmarks.task import Task
 from bilevel.flat import FlatProblem, StepBatches
 from bilevel.hypergradient import Implicit
 from bilevel.linalg import ConjugateGradient
-from bilevel.linalg.fused import NARROW
+from bilevel.linalg.matmul import NARROW, is_large, linear, prefers_onednn
 from bilevel.solvers import InnerSolver, Objective
 from bilevel.solvers.objective import Hparams
 from bilevel.solvers.solver import State, fresh_state
@@ -73,15 +73,24 @@ def floor(rows: int, params: TensorDict, num_products: int) -> Hypergradient:
     """
     layers = [v for v in params.values() if v.ndim == 2]
     operands = [(torch.ones(rows, w.shape[1]).to(w), w, torch.ones(rows, w.shape[0]).to(w)) for w in layers]
+    onednn = prefers_onednn()
+
+    def multiply(left: Tensor, right: Tensor) -> None:  # each in the way that is fastest, see there
+        if len(right.T) <= NARROW:
+            right.T @ left.T
+        elif onednn and left.device.type == "cpu" and is_large(left, right):
+            linear(left, right.T)
+        else:
+            left @ right
 
     def times(count: int, inputs: Tensor, weight: Tensor, outputs: Tensor) -> None:
         for number in range(count):  # in equal parts forward, to the weights, to the inputs
             if number % 3 == 0 and (count > 2 or number == 0):
-                weight @ inputs.T if len(weight) <= NARROW else inputs @ weight.T  # what is faster, see there
+                multiply(inputs, weight.T)
             elif number % 3 == 1:
-                outputs.T @ inputs
+                multiply(outputs.T, inputs)
             else:
-                outputs @ weight
+                multiply(outputs, weight)
 
     def compute() -> TensorDict:
         for number, (inputs, weight, outputs) in enumerate(operands):

@@ -12,7 +12,6 @@ import torch
 from torch.nn import functional
 
 import bilevel.linalg.compiled as module
-import bilevel.linalg.fused as fused_module
 from bilevel import Positive, Problem, fit
 from bilevel.errors import UsageError
 from bilevel.hypergradient import Implicit, hypergradient_at
@@ -618,12 +617,6 @@ def test_products_of_few_columns_are_turned_and_views_of_them_stay_possible():
     found, expected = CompiledDerivatives().at(loss, x, {}, data), differentiate(loss, x, {}, data)
     assert found.fallback is None
     close(found.operator.mv(vector), expected.operator.mv(vector))
-    graph = trace(lambda a, b: [(a @ b).view(-1)], [randn(90, 48), randn(48, 10)])
-    fused_module._turn_narrow_products(graph)
-    (product,) = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
-    a, b = randn(90, 48), randn(48, 10)
-    assert all(factor.target is torch.ops.aten.t.default for factor in product.args)
-    close(graph(a, b)[0], (a @ b).view(-1))
 
 
 # --- the arithmetic of solvers --------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree  # torch has no public name for it, an
 
 from bilevel.linalg.differentiate import Derivatives, Function, differentiate
 from bilevel.linalg.fused import Arithmetic, compile_graph, fused, layout
+from bilevel.linalg.matmul import arrange_products
 from bilevel.linalg.operator import LinearOperator, Tag
 from bilevel.linalg.replay import replayed
 from bilevel.linalg.tracing import Part, Untraceable, split, trace
@@ -236,7 +237,9 @@ class _Program(NamedTuple):
 
         with _timed(seconds, "trace"):
             vectors = [torch.empty_like(space) for space in (inputs.point, like.optimality, like.optimality)]
-            setup, (product, transposed, mixed) = split(trace(everything, [*inputs.flat, *vectors]))
+            graph = trace(everything, [*inputs.flat, *vectors])
+            arrange_products(graph)
+            setup, (product, transposed, mixed) = split(graph)
         with _timed(seconds, "compile"), torch.no_grad():
             begin = compile_graph(setup, inputs.flat)
             _, _, *kept = begin(*inputs.flat)

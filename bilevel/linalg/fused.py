@@ -20,38 +20,15 @@ Arithmetic = Callable[..., tuple[Tensor, ...]]  # (inner, *tensors) -> tensors
 OPTIONS = {"pattern_matcher": False, "size_asserts": False, "alignment_asserts": False}
 
 
-NARROW = 16  # columns: what a vector register of float32 holds
-
-
 def compile_graph(graph: torch.fx.GraphModule, example: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
     """A traced graph as machine code for inputs that are laid out as the example."""
     arguments: list[Any] = list(example)
     on_cpu = all(tensor.device.type == "cpu" for tensor in example)
-    if on_cpu:
-        _turn_narrow_products(graph)
     # A C++ wrapper calls the kernels faster than a Python one. For a GPU it takes minutes to build, and a recording of the
     # kernels (`bilevel.linalg.replay`) needs neither.
     options = {**OPTIONS, "cpp_wrapper": on_cpu}
     compiled: Callable[..., Sequence[Tensor]] = torch._inductor.compile(graph, arguments, options=options)
     return compiled
-
-
-def _turn_narrow_products(graph: torch.fx.GraphModule) -> None:
-    """Compute matrix products of few columns and more rows as their transposes: `A B = (B^T A^T)^T`, all by views.
-
-    Rows of ten numbers, the classes of many a network, fill no vector register; columns of a thousand do. MKL takes two to
-    three times as long for a product with a result of 900 by 10 as for its transpose.
-    """
-    aten = torch.ops.aten
-    for node in graph.graph.find_nodes(op="call_function", target=aten.mm.default):
-        rows, columns = node.meta["val"].shape
-        if columns <= NARROW and columns < rows:
-            with graph.graph.inserting_before(node):
-                left, right = (graph.graph.call_function(aten.t.default, (factor,)) for factor in node.args)
-                turned = graph.graph.call_function(aten.mm.default, (right, left))
-                node.replace_all_uses_with(graph.graph.call_function(aten.t.default, (turned,)))
-            graph.graph.erase_node(node)
-    graph.recompile()
 
 
 def layout(tensor: Tensor) -> Any:

@@ -1,0 +1,119 @@
+"""Matrix products of traced graphs: each way gives the product, and each is taken where it should be."""
+
+import pytest
+import torch
+
+import bilevel.linalg.matmul as module
+from bilevel.linalg.compiled import CompiledDerivatives
+from bilevel.linalg.differentiate import differentiate
+from bilevel.linalg.matmul import NARROW, arrange_products, prefers_onednn
+from bilevel.linalg.tracing import trace
+
+has_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+ZEN4 = {"cpu_name": "AMD EPYC", "avx512_f": True}
+
+
+def randn(*shape, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64).to(dtype)
+
+
+def arranged(function, *example):
+    """The graph of a function after the rewriting, and the names of its operations."""
+    graph = trace(lambda *tensors: [function(*tensors)], example)
+    arrange_products(graph)
+    return graph, [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    """All products of float32 are large, on a processor where oneDNN is faster."""
+    monkeypatch.setattr(module, "prefers_onednn", lambda: True)
+    monkeypatch.setattr(module, "LARGE", 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "turned"), [(40, 3, True), (40, NARROW, True), (40, NARROW + 1, False), (3, 3, False), (2, 5, False)]
+)  # fmt: skip
+def test_narrow_products_are_computed_as_transposes(rows, columns, turned):
+    left, right = randn(rows, 7), randn(7, columns)
+    graph, names = arranged(torch.mm, left, right)
+    shapes = [
+        node.meta["val"].shape for node in graph.graph.find_nodes(op="call_function", target=module.aten.mm.default)
+    ]
+    assert shapes == [(columns, rows) if turned else (rows, columns)]
+    assert names.count("aten.t.default") == (3 if turned else 0)
+    (found,) = graph(left, right)
+    torch.testing.assert_close(found, left @ right, rtol=1e-13, atol=1e-13)
+
+
+def test_a_view_of_a_turned_product_stays_possible():
+    left, right = randn(90, 48), randn(48, 10)
+    graph, _ = arranged(lambda a, b: (a @ b).view(-1), left, right)
+    torch.testing.assert_close(graph(left, right)[0], (left @ right).view(-1), rtol=1e-13, atol=1e-13)
+
+
+@has_onednn
+@pytest.mark.parametrize(
+    ("left", "right", "taken"),
+    [
+        (randn(40, 20, dtype=torch.float32), randn(20, 30, dtype=torch.float32), True),
+        (randn(40, 20, dtype=torch.float32), randn(30, 20, dtype=torch.float32).T, True),
+        (randn(20, 40, dtype=torch.float32).T, randn(20, 30, dtype=torch.float32), False),  # would have to be copied
+        (randn(40, 20, dtype=torch.float32), randn(20, 3, dtype=torch.float32), False),  # narrow
+        (randn(40, 20), randn(20, 30), False),  # oneDNN has no float64
+    ],
+    ids=["by rows", "by columns", "left by columns", "narrow", "float64"],
+)
+def test_large_products_are_those_of_onednn(left, right, taken, onednn):
+    graph, names = arranged(torch.mm, left, right)
+    assert ("bilevel.linear.default" in names) is taken
+    (found,) = graph(left, right)
+    torch.testing.assert_close(found, left @ right, rtol=1e-5, atol=1e-5)
+
+
+def test_small_products_are_left_alone(monkeypatch):
+    monkeypatch.setattr(module, "prefers_onednn", lambda: True)
+    assert arranged(torch.mm, *(randn(40, 40, dtype=torch.float32) for _ in range(2)))[1] == ["aten.mm.default"]
+
+
+@has_onednn
+def test_the_operation_is_known_to_the_compiler():
+    for weight in (randn(6, 5, dtype=torch.float32), randn(5, 6, dtype=torch.float32).T):
+        torch.library.opcheck(torch.ops.bilevel.linear.default, (randn(4, 5, dtype=torch.float32), weight))
+
+
+@has_onednn
+def test_compiled_products_of_onednn_are_the_eager_ones(onednn):
+    inputs, labels = randn(50, 24, dtype=torch.float32), torch.arange(50) % 3
+
+    def loss(x, args, data):
+        hidden = torch.tanh(inputs @ x[: 24 * 40].reshape(24, 40))
+        hidden = torch.tanh(hidden @ x[24 * 40 : 24 * 40 + 40 * 20].reshape(40, 20))
+        out = hidden @ x[-20 * 3 :].reshape(20, 3)
+        return torch.nn.functional.cross_entropy(out, labels) + (args["decay"] * x**2).sum()
+
+    point = 0.3 * randn(24 * 40 + 40 * 20 + 20 * 3, dtype=torch.float32)
+    args, vector = {"decay": torch.tensor(0.1)}, randn(len(point), dtype=torch.float32)
+    found, expected = CompiledDerivatives().at(loss, point, args), differentiate(loss, point, args)
+    assert found.fallback is None
+    torch.testing.assert_close(found.operator.mv(vector), expected.operator.mv(vector), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.mixed(vector), expected.mixed(vector), rtol=1e-4, atol=1e-5)
+
+
+@has_onednn
+@pytest.mark.parametrize(
+    ("capabilities", "preferred"),
+    [
+        (ZEN4, True),
+        ({**ZEN4, "avx512_f": False}, False),
+        ({**ZEN4, "cpu_name": "Intel Xeon"}, False),
+        ({"cpu_name": "Apple M4"}, False),
+        ({}, False),
+    ],
+    ids=["Zen 4", "without AVX-512", "Intel", "Apple", "unknown"],
+)
+def test_it_goes_by_the_processor(capabilities, preferred, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert prefers_onednn() is preferred
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert prefers_onednn() is False
