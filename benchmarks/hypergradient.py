@@ -22,7 +22,7 @@ from benchmarks.task import Task
 from bilevel.flat import FlatProblem, StepBatches
 from bilevel.hypergradient import Implicit
 from bilevel.linalg import ConjugateGradient
-from bilevel.linalg.matmul import NARROW, is_large, linear, prefers_onednn
+from bilevel.linalg.matmul import is_large, is_narrow, linear, prefers_onednn
 from bilevel.solvers import InnerSolver, Objective
 from bilevel.solvers.objective import Hparams
 from bilevel.solvers.solver import State, fresh_state
@@ -76,7 +76,7 @@ def floor(rows: int, params: TensorDict, num_products: int) -> Hypergradient:
     onednn = prefers_onednn()
 
     def multiply(left: Tensor, right: Tensor) -> None:  # each in the way that is fastest, see there
-        if len(right.T) <= NARROW:
+        if is_narrow(left, right):
             right.T @ left.T
         elif onednn and left.device.type == "cpu" and is_large(left, right):
             linear(left, right.T)

@@ -6,7 +6,7 @@ import torch
 import bilevel.linalg.matmul as module
 from bilevel.linalg.compiled import CompiledDerivatives
 from bilevel.linalg.differentiate import differentiate
-from bilevel.linalg.matmul import NARROW, arrange_products, prefers_onednn
+from bilevel.linalg.matmul import arrange_products, prefers_onednn
 from bilevel.linalg.tracing import trace
 
 has_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
@@ -31,11 +31,22 @@ def onednn(monkeypatch):
     monkeypatch.setattr(module, "LARGE", 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
-    ("rows", "columns", "turned"), [(40, 3, True), (40, NARROW, True), (40, NARROW + 1, False), (3, 3, False), (2, 5, False)]
-)  # fmt: skip
-def test_narrow_products_are_computed_as_transposes(rows, columns, turned):
-    left, right = randn(rows, 7), randn(7, columns)
+    ("rows", "columns", "turned"),
+    [
+        (40, 3, (True, True)),
+        (40, 16, (False, True)),  # a full tile of float32
+        (40, 24, (False, False)),  # a full tile of float64
+        (40, 32, (False, True)),
+        (40, 33, (False, False)),
+        (3, 3, (False, False)),
+        (2, 5, (False, False)),
+    ],
+)
+def test_narrow_products_are_computed_as_transposes(rows, columns, turned, dtype):
+    turned = turned[dtype == torch.float64]
+    left, right = randn(rows, 7, dtype=dtype), randn(7, columns, dtype=dtype)
     graph, names = arranged(torch.mm, left, right)
     shapes = [
         node.meta["val"].shape for node in graph.graph.find_nodes(op="call_function", target=module.aten.mm.default)
@@ -43,7 +54,7 @@ def test_narrow_products_are_computed_as_transposes(rows, columns, turned):
     assert shapes == [(columns, rows) if turned else (rows, columns)]
     assert names.count("aten.t.default") == (3 if turned else 0)
     (found,) = graph(left, right)
-    torch.testing.assert_close(found, left @ right, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(found, left @ right)
 
 
 def test_a_view_of_a_turned_product_stays_possible():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import UsageError
+from bilevel.linalg.allocator import keep_freed_memory
 from bilevel.linalg.composite import SharedOperator
 from bilevel.linalg.loop import Loop
 from bilevel.linalg.operator import LinearOperator
@@ -112,6 +113,7 @@ class IterativeSolver(LinearSolver):
             operator = SharedOperator(operator, extra)
         if x0 is not None:
             check_vector(operator, x0, "starting point x0", axis=1)
+        keep_freed_memory()
         with torch.no_grad():
             loop = Loop(self, System(operator, preconditioner), vector, x0, self.rtol if rtol is None else rtol)
             return loop.solve()
