@@ -11,7 +11,9 @@ further product on applying the matrix to a zero start; the ratio that is judged
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -71,36 +73,29 @@ def floor(rows: int, params: TensorDict, num_products: int) -> Hypergradient:
         params: of the network; its layers are those with two dimensions.
         num_products: Hessian products.
     """
-    layers = [v for v in params.values() if v.ndim == 2]
-    operands = [(torch.ones(rows, w.shape[1]).to(w), w, torch.ones(rows, w.shape[0]).to(w)) for w in layers]
-    onednn = prefers_onednn()
-
-    def multiply(left: Tensor, right: Tensor) -> None:  # each in the way that is fastest, see there
-        if is_narrow(left, right):
-            right.T @ left.T
-        elif onednn and left.device.type == "cpu" and is_large(left, right):
-            linear(left, right.T)
-        else:
-            left @ right
-
-    def times(count: int, inputs: Tensor, weight: Tensor, outputs: Tensor) -> None:
-        for number in range(count):  # in equal parts forward, to the weights, to the inputs
-            if number % 3 == 0 and (count > 2 or number == 0):
-                multiply(inputs, weight.T)
-            elif number % 3 == 1:
-                multiply(outputs.T, inputs)
-            else:
-                multiply(outputs, weight)
+    products = []
+    for weight in (v for v in params.values() if v.ndim == 2):
+        inputs, outputs = (torch.ones(rows, size).to(weight) for size in reversed(weight.shape))
+        products.append([_fastest(inputs, weight.T), _fastest(outputs.T, inputs), _fastest(outputs, weight)])
 
     def compute() -> TensorDict:
-        for number, (inputs, weight, outputs) in enumerate(operands):
-            for _ in range(num_products):
-                times(6 if number else 2, inputs, weight, outputs)
-            for _ in range(2):
-                times(3 if number else 2, inputs, weight, outputs)
+        for number, layer in enumerate(products):
+            counts = [6 if number else 2] * num_products + [3 if number else 2] * 2
+            for count in counts:  # in equal parts forward, to the weights, to the inputs
+                for each in range(count):
+                    layer[each % 3]()
         return {}
 
     return compute
+
+
+def _fastest(left: Tensor, right: Tensor) -> Callable[[], Tensor]:
+    """The product in the way that compiled products make it."""
+    if is_narrow(left, right):
+        return partial(torch.mm, right.T, left.T)
+    if prefers_onednn() and left.device.type == "cpu" and is_large(left, right):
+        return partial(linear, left.contiguous(), right.T.contiguous())
+    return partial(torch.mm, left, right)
 
 
 def find_peers(task: Task) -> tuple[dict[str, Hypergradient], dict[str, str]]:

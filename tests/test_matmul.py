@@ -69,11 +69,12 @@ def test_a_view_of_a_turned_product_stays_possible():
     [
         (randn(40, 20, dtype=torch.float32), randn(20, 30, dtype=torch.float32), True),
         (randn(40, 20, dtype=torch.float32), randn(30, 20, dtype=torch.float32).T, True),
-        (randn(20, 40, dtype=torch.float32).T, randn(20, 30, dtype=torch.float32), False),  # would have to be copied
+        (randn(20, 40, dtype=torch.float32).T, randn(20, 30, dtype=torch.float32), False),  # a copy would cost too much
+        (randn(20, 600, dtype=torch.float32).T, randn(20, 520, dtype=torch.float32), True),
         (randn(40, 20, dtype=torch.float32), randn(20, 3, dtype=torch.float32), False),  # narrow
         (randn(40, 20), randn(20, 30), False),  # oneDNN has no float64
     ],
-    ids=["by rows", "by columns", "left by columns", "narrow", "float64"],
+    ids=["by rows", "by columns", "left by columns", "left by columns, wide", "narrow", "float64"],
 )
 def test_large_products_are_those_of_onednn(left, right, taken, onednn):
     graph, names = arranged(torch.mm, left, right)

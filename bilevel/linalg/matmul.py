@@ -17,6 +17,7 @@ aten = torch.ops.aten
 # with: measured on Zen 4 for 300 to 5,000 rows.
 NARROW = {torch.float32: (16, 16), torch.float64: (32, 24)}
 LARGE = 10**8  # floating-point operations: below, calling another library costs what it saves
+WIDE = 512  # rows and columns: below, copying a factor costs what it saves
 
 
 def arrange_products(graph: fx.GraphModule) -> None:
@@ -26,7 +27,9 @@ def arrange_products(graph: fx.GraphModule) -> None:
     network, leave most of a tile of MKL's kernels empty; columns of a thousand fill it. In float32 a result of 900 by 10
     takes two to five times as long as its transpose, in float64 one of 900 by 10 or by 32 one and a half to two times.
 
-    Large ones of float32 become oneDNN's where they are faster than MKL's, see `prefers_onednn`.
+    Large ones of float32 become oneDNN's where they are faster than MKL's, see `prefers_onednn`. It wants both factors
+    with the summed index last in memory. Copies that this takes are operations of the graph: those of factors that stay the
+    same are made once for a point.
     """
     onednn = prefers_onednn()
     for node in graph.graph.find_nodes(op="call_function", target=aten.mm.default):
@@ -38,7 +41,8 @@ def arrange_products(graph: fx.GraphModule) -> None:
                 turned = _call(graph, aten.mm.default, _turn(graph, right), _turn(graph, left))
                 replacement = _turn(graph, turned)
             elif onednn and is_large(left.meta["val"], right.meta["val"]):
-                replacement = _call(graph, torch.ops.bilevel.linear.default, left, _turn(graph, right))
+                factors = _by_rows(graph, left), _by_rows(graph, _turn(graph, right))
+                replacement = _call(graph, torch.ops.bilevel.linear.default, *factors)
             else:
                 continue
         node.replace_all_uses_with(replacement)
@@ -77,9 +81,10 @@ def is_narrow(left: Tensor, right: Tensor) -> bool:
 
 
 def is_large(left: Tensor, right: Tensor) -> bool:
-    """Whether another library than MKL may save more than calling it costs; it copies a left factor that is not by rows."""
-    size = 2 * left.shape[0] * left.shape[1] * right.shape[1]
-    return left.dtype == torch.float32 and left.is_contiguous() and size >= LARGE
+    """Whether another library than MKL may save more than calling it costs, with a copy of the left factor or without."""
+    rows, columns = left.shape[0], right.shape[1]
+    size = 2 * rows * left.shape[1] * columns
+    return left.dtype == torch.float32 and size >= LARGE and (left.is_contiguous() or min(rows, columns) >= WIDE)
 
 
 def _call(graph: fx.GraphModule, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -91,3 +96,10 @@ def _call(graph: fx.GraphModule, target: Any, *args: Any, **kwargs: Any) -> fx.N
 
 def _turn(graph: fx.GraphModule, matrix: fx.Node) -> fx.Node:
     return _call(graph, aten.t.default, matrix)
+
+
+def _by_rows(graph: fx.GraphModule, matrix: fx.Node) -> fx.Node:
+    """The matrix, copied unless its rows are one after the other in memory."""
+    if matrix.meta["val"].is_contiguous():
+        return matrix
+    return _call(graph, aten.clone.default, matrix, memory_format=torch.contiguous_format)
