@@ -346,7 +346,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["-m", "hypergradient=tiny_cg,tiny_one_step", "hypergradient.rtol=0.1"],
         "no key 'hypergradient.rtol' with experiment=tiny hypergradient=tiny_one_step",
     ),
-    "resumed sweep": (["-m", "resume=."], "it has no config.yaml"),
+    "resumed sweep": (["-m", "resume=."], "has no config.yaml"),
+    "resume without a folder": (["resume="], "resume= takes the folder of a run, and "),
     "unknown key of Hydra": (["hydra.sweeper.foo=1"], "there is no key 'hydra.sweeper.foo'"),
     "Hydra's run folder": (["hydra.run.dir=foo"], "give output_dir=DIR"),
     "unknown launcher": (["hydra/launcher=zebra"], "hydra/launcher has no option 'zebra'"),
@@ -746,8 +747,8 @@ def _break(folder: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "expected"),
     [
-        ("no config", "it has no config.yaml"),
-        ("no overrides", "it has no overrides.yaml"),
+        ("no config", "has no config.yaml"),
+        ("no overrides", "has no overrides.yaml"),
         ("broken config", "config.yaml is broken"),
         ("no keys", "it holds no keys"),
         ("broken overrides", "overrides.yaml is broken"),

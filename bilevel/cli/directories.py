@@ -124,7 +124,7 @@ def read_record(folder: str | Path) -> Record:
         raise UsageError(f"{folder} is a sweep: continue one of its runs, for example resume={path / '0'}.")
     for file in (CONFIG, OVERRIDES):
         if not (path / file).is_file():
-            raise UsageError(f"{folder} is not the folder of a run, because it has no {file}.")
+            raise UsageError(f"resume={folder} takes the folder of a run, and {path.resolve()} has no {file}.")
     command = _read(path / OVERRIDES)
     overrides, config_dir = command.get("overrides"), command.get("config_dir")
     if not isinstance(overrides, list) or not all(isinstance(one, str) for one in overrides):
