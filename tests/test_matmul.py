@@ -83,6 +83,32 @@ def test_large_products_are_those_of_onednn(left, right, taken, onednn):
     torch.testing.assert_close(found, left @ right, rtol=1e-5, atol=1e-5)
 
 
+@has_onednn
+@pytest.mark.parametrize(
+    ("function", "bias", "right", "taken"),
+    [
+        (torch.addmm, randn(30, dtype=torch.float32), randn(20, 30, dtype=torch.float32), True),
+        (torch.addmm, randn(60, dtype=torch.float32)[::2], randn(30, 20, dtype=torch.float32).T, True),
+        (torch.addmm, randn(1, dtype=torch.float32).expand(30), randn(20, 30, dtype=torch.float32), True),
+        (torch.addmm, randn(1, dtype=torch.float32), randn(20, 30, dtype=torch.float32), False),
+        (torch.addmm, randn(40, 30, dtype=torch.float32), randn(20, 30, dtype=torch.float32), False),
+        (torch.addmm, randn(3, dtype=torch.float32), randn(20, 3, dtype=torch.float32), False),
+        (
+            lambda bias, *factors: torch.addmm(bias, *factors, beta=2.0),
+            randn(30, dtype=torch.float32),
+            randn(20, 30, dtype=torch.float32),
+            False,
+        ),
+    ],
+    ids=["vector", "every second number", "one number, spread", "one number", "matrix", "narrow", "scaled"],
+)
+def test_large_layers_are_those_of_onednn(function, bias, right, taken, onednn):
+    left = randn(40, 20, dtype=torch.float32)
+    graph, names = arranged(function, bias, left, right)
+    assert ("bilevel.linear.default" in names) is taken
+    torch.testing.assert_close(graph(bias, left, right)[0], function(bias, left, right), rtol=1e-5, atol=1e-5)
+
+
 def test_small_products_are_left_alone(monkeypatch):
     monkeypatch.setattr(module, "prefers_onednn", lambda: True)
     assert arranged(torch.mm, *(randn(40, 40, dtype=torch.float32) for _ in range(2)))[1] == ["aten.mm.default"]
@@ -90,8 +116,10 @@ def test_small_products_are_left_alone(monkeypatch):
 
 @has_onednn
 def test_the_operation_is_known_to_the_compiler():
+    inputs, bias = randn(4, 5, dtype=torch.float32), randn(6, dtype=torch.float32)
     for weight in (randn(6, 5, dtype=torch.float32), randn(5, 6, dtype=torch.float32).T):
-        torch.library.opcheck(torch.ops.bilevel.linear.default, (randn(4, 5, dtype=torch.float32), weight))
+        torch.library.opcheck(torch.ops.bilevel.linear.default, (inputs, weight))
+        torch.library.opcheck(torch.ops.bilevel.linear.default, (inputs, weight, bias))
 
 
 @has_onednn

@@ -25,7 +25,7 @@ from bilevel.linalg.fused import Arithmetic, compile_graph, fused, layout
 from bilevel.linalg.matmul import arrange_products
 from bilevel.linalg.operator import LinearOperator, Tag
 from bilevel.linalg.replay import replayed
-from bilevel.linalg.tracing import Part, Untraceable, split, trace
+from bilevel.linalg.tracing import Part, Untraceable, share, split, trace
 from bilevel.tree import TensorDict
 
 Product = Callable[[Tensor], Tensor]
@@ -239,6 +239,7 @@ class _Program(NamedTuple):
             vectors = [torch.empty_like(space) for space in (inputs.point, like.optimality, like.optimality)]
             graph = trace(everything, [*inputs.flat, *vectors])
             arrange_products(graph)
+            share(graph)
             setup, (product, transposed, mixed) = split(graph)
         with _timed(seconds, "compile"), torch.no_grad():
             begin = compile_graph(setup, inputs.flat)

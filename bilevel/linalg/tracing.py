@@ -61,6 +61,24 @@ def _operations(graph: fx.GraphModule) -> list[torch._ops.OpOverload]:
     return [node.target for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
 
 
+def share(graph: fx.GraphModule) -> None:
+    """Compute everything once: of operations with the same arguments the first one serves all.
+
+    Derivatives of derivatives come with many, and each result that is kept twice is memory that the products read.
+    """
+    first: dict[Any, fx.Node] = {}
+    for node in graph.graph.nodes:
+        if node.op not in ("call_function", "get_attr"):
+            continue
+        # Written out, `1`, `1.0` and `True` differ, and so do the zeros; names of nodes are unique in a graph.
+        same = first.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
+        same = node.args[0] if node.target is torch.ops.aten.detach.default else same
+        if same is not node:
+            node.replace_all_uses_with(same)
+            graph.graph.erase_node(node)
+    graph.recompile()
+
+
 class Part(NamedTuple):
     """What of a graph depends on one vector.
 
