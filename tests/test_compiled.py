@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-import bilevel.linalg.compiled as module
+import bilevel.linalg.program as module
 from bilevel import Positive, Problem, fit
 from bilevel.errors import UsageError
 from bilevel.hypergradient import Implicit, hypergradient_at
