@@ -134,9 +134,10 @@ class FlatProblem:
         outputs, output_loss = getattr(problem, "outputs", None), getattr(problem, "output_loss", None)
         if outputs is None or output_loss is None or type(problem).inner_loss is not Problem.inner_loss:
             raise UsageError(
-                f"the Gauss-Newton matrix needs a problem whose inner loss is made of outputs and output_loss (and penalty), "
-                f"but {type(problem).__name__} defines inner_loss as a whole: write outputs(params, hparams, batch) and "
-                "output_loss(outputs, hparams, batch) instead, or use the Hessian."
+                "the Gauss-Newton matrix (and K-FAC) needs a problem whose inner loss is made of outputs and output_loss (and "
+                f"penalty), but {type(problem).__name__} defines inner_loss as a whole: write outputs(params, hparams, batch) "
+                "and output_loss(outputs, hparams, batch) instead, or take what needs the Hessian alone "
+                "(preconditioner=nystrom, negative_curvature=minres)."
             )
 
         def shaped(x: Tensor, h: Mapping[str, Tensor], data: Any) -> Tensor:

@@ -12,11 +12,15 @@ from bilevel import Positive, Problem, fit
 from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem, StepBatches, natural_hparams
 from bilevel.hypergradient import (
+    SAMA,
     AdaptiveAccuracy,
     DecreasingAccuracy,
+    FiniteDifference,
     FixedAccuracy,
+    ForwardMode,
     Implicit,
     ImplicitUpdate,
+    OneStep,
     Unrolled,
     differentiate,
 )
@@ -27,7 +31,7 @@ from bilevel.linearisation import linearise
 from bilevel.preconditioner import KFAC, AutoPreconditioner, Jacobi, LBFGSPairs, NoPreconditioner, Nystrom
 from bilevel.preconditioner.recycled import corrected, learnt
 from bilevel.preconditioner.reuse import note, prepare
-from bilevel.solvers import LBFGS, AndersonAcceleration, GradientDescent, run
+from bilevel.solvers import LBFGS, Adam, AndersonAcceleration, GradientDescent, run
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -102,6 +106,53 @@ def test_a_few_steps_at_one_place_reach_the_accuracy_that_was_asked_for(goal, se
     assert errors[-1] <= goal
     assert results[-1].receipt.error_certified is True
     assert results[-1].receipt.error_estimate <= 3 * goal * float(reference.norm())
+
+
+def test_a_curvature_bound_may_be_a_tensor():
+    class Declared(Logistic):
+        def lower_curvature(self, hparams):
+            return hparams["penalty"].min() * self.factor
+
+    problem = Declared()
+    for problem.factor, certified in ((1.0, True), (1e6, False)):
+        (result,) = steps(problem, AUTO, 1)
+        assert result.receipt.error_certified is certified
+
+
+class Attribute(Logistic):
+    lower_curvature = 0.1
+
+
+class Vector(Logistic):
+    def lower_curvature(self, hparams):
+        return hparams["penalty"]
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (
+            Attribute,
+            r"Attribute.lower_curvature was expected to be a method of hyperparameters, but is 0.1: write `def lower_",
+        ),
+        (
+            Vector,
+            r"Vector.lower_curvature was expected to return one number or None, but returned a tensor of shape \(300,\)",
+        ),
+    ],
+)
+def test_a_curvature_bound_that_is_none(make, said):
+    with pytest.raises(UsageError, match=said):
+        steps(make(), AUTO, 1)
+
+
+@pytest.mark.parametrize("method", [Unrolled, OneStep, ForwardMode, SAMA, FiniteDifference, ImplicitUpdate])
+def test_accuracies_that_go_by_the_error_estimate_are_refused_where_there_is_none(method):
+    with pytest.raises(
+        UsageError, match=rf"AdaptiveAccuracy goes by the error estimate .* {method.__name__} has none: use Decr"
+    ):
+        method(accuracy=AdaptiveAccuracy()).check(Adam())
+    method(accuracy=DecreasingAccuracy()).check(GradientDescent())
 
 
 def test_tolerances_follow_their_parts_of_the_estimate():

@@ -14,11 +14,14 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from bilevel import Box, Positive, Problem, Simplex, check, hypergradient_at
 from bilevel.cli.main import main
 from bilevel.diagnostics import Flaw, Verdict
+from bilevel.diagnostics.checks import spectrum
+from bilevel.diagnostics.finding import Limits
 from bilevel.diagnostics.resolved import Measured, discrepancy
+from bilevel.diagnostics.subject import Subject
 from bilevel.errors import UsageError
 from bilevel.hypergradient import AdaptiveAccuracy, ForwardMode, Implicit, OneStep, Unrolled
 from bilevel.hypergradient.unconverged import Raise as StopUnconverged
-from bilevel.linalg import GMRES, BiCGStab, ConjugateGradient, DenseCholesky, DenseLU, IdentitySolver
+from bilevel.linalg import GMRES, MINRES, BiCGStab, ConjugateGradient, DenseCholesky, DenseLU, IdentitySolver
 from bilevel.solvers import (
     LBFGS,
     AndersonAcceleration,
@@ -384,6 +387,81 @@ def test_extreme_eigenvalues_that_overflow_are_a_finding_and_no_traceback(monkey
     assert "extreme eigenvalues" in found[Flaw.nonfinite]
 
 
+class Diagonal(Problem):
+    """So many parameters, with the curvatures that it is given."""
+
+    def __init__(self, curvatures):
+        self.curvatures = curvatures
+
+    def init_hparams(self):
+        return {"target": torch.tensor(1.0)}
+
+    def init_params(self, hparams):
+        return {"w": torch.ones(len(self.curvatures))}  # solved
+
+    def inner_loss(self, params, hparams, batch):
+        return 0.5 * (self.curvatures * (params["w"] - hparams["target"]).square()).sum()
+
+    def outer_loss(self, params, hparams, batch):
+        return (params["w"] - 2.0).square().mean()
+
+
+class Coupled(Diagonal):
+    """No Hessian: each equation has the next unknown, too."""
+
+    def optimality(self, params, hparams, batch):
+        w = params["w"] - hparams["target"]
+        return {"w": self.curvatures * (w + 0.3 * w.roll(-1))}
+
+
+def subject(problem, seed):
+    return Subject.of(problem, GradientDescent(learning_rate=0.5), CG, None, seed)
+
+
+LOGSPACED = torch.logspace(-3, 0, 900, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    ("least", "flaw"),
+    [
+        (-1e-1, Flaw.indefinite_hessian),
+        (-1e-4, Flaw.indefinite_hessian),
+        (-1e-5, Flaw.indefinite_hessian),
+        (-1e-6, Flaw.indefinite_hessian),
+        (1e-5, None),
+        (1e-13, Flaw.singular_hessian),
+        (0.0, Flaw.singular_hessian),
+    ],
+)
+def test_curvature_of_problems_too_large_for_a_matrix(least, flaw, seed):
+    curvatures = LOGSPACED.clone()
+    curvatures[7] = least
+    row = spectrum(subject(Diagonal(curvatures), seed), Limits(0.01))
+    assert [one for one, _ in row.flaws] == ([flaw] if flaw else [])
+    if flaw is Flaw.indefinite_hessian:
+        said = float(row.flaws[0][1].split("eigenvalue ")[1].split(",")[0])
+        assert said == pytest.approx(least, rel=1e-2)
+    if flaw is None:
+        assert "condition 1e+05" in row.figure
+
+
+def test_singular_values_of_problems_too_large_for_a_matrix():
+    curvatures = torch.linspace(0.1, 1, 900, dtype=torch.float64)
+    curvatures[7] = 1e-4
+    matrix = curvatures.unsqueeze(1) * (torch.eye(900) + 0.3 * torch.eye(900).roll(1, 1))
+    row = spectrum(subject(Coupled(curvatures), 0), Limits(0.01))
+    condition = float(row.figure.split("condition ")[1])
+    assert "singular values" in row.figure and row.flaws == ()
+    assert condition == pytest.approx(float(torch.linalg.cond(matrix)), rel=0.05)  # printed to two digits
+
+
+def test_a_condition_that_no_solve_has_confirmed_is_a_lower_bound(monkeypatch):
+    monkeypatch.setattr("bilevel.diagnostics.subject.MINRES", lambda **kinds: MINRES(rtol=1e-11, max_steps=5))
+    row = spectrum(subject(Diagonal(LOGSPACED), 0), Limits(0.01))
+    assert "condition at least " in row.figure and row.flaws == ()
+
+
 def test_a_number_that_is_not_finite_is_no_small_discrepancy():
     class At:
         raw_floor = 0.0
@@ -406,15 +484,36 @@ def test_the_method_is_compared_with_finite_differences_too():
     assert exact > 0.1 and from_differences > 0.1
 
 
-def test_where_tolerances_adapt_the_first_step_of_a_run_is_told():
+@pytest.mark.parametrize("share", [1e-2, 1e-3, 1e-4])
+def test_a_wrong_derivative_shows_however_small_beside_the_others(share):
+    class TwoScales(Ridge):
+        def __init__(self, cut):
+            super().__init__()
+            self.cut = cut
+
+        def init_hparams(self):
+            return {**super().init_hparams(), "small": self.x.new_tensor(1.0)}
+
+        def inner_loss(self, params, hparams, batch):
+            small = hparams["small"].detach() + 0 * hparams["small"] if self.cut else hparams["small"]
+            return super().inner_loss(params, hparams, batch) + share * small * params["w"].square().sum()
+
+    found = check(TwoScales(cut=True), solver=SOLVED, hypergradient=CG).found
+    assert "finite differences of F in 'small' differ" in found[Flaw.wrong_mixed_product]
+    assert check(TwoScales(cut=False), solver=SOLVED, hypergradient=CG).verdict is Verdict.sound
+
+
+def test_where_tolerances_adapt_the_first_steps_of_a_run_are_told():
     def told(method):
         return next(
-            row.figure for row in check(Ridge(300), hypergradient=method).rows if row.check == "the first outer step"
+            row.figure for row in check(Ridge(300), hypergradient=method).rows if row.check == "the first outer steps"
         )
 
     loose = told(Implicit.auto(accuracy=AdaptiveAccuracy(first_linear=0.9, first_inner=0.9)))
-    error, said = map(float, re.search(r"relative error ([\d.e-]+), .*; its receipt says ([\d.e+-]+)", loose).groups())
-    assert error > 1e-4 and said > error
+    pattern = r"relative errors ([\d.e-]+) and ([\d.e-]+), .*; their receipts say ([\d.e+-]+) and ([\d.e+-]+)"
+    first, second, said_first, said_second = map(float, re.search(pattern, loose).groups())
+    assert said_first > first > 1e-4
+    assert said_second > second > 1e-4
     assert told(CG) == "at the solvers' own tolerances, as above"
 
 
@@ -718,7 +817,7 @@ def test_the_verdict_says_what_a_declared_finding_kept_from_being_judged():
     assert certificate.verdict is Verdict.approximate
     assert certificate.sentence == (
         "approximate as declared: what was found is what was declared; not judged for that reason: adjoint of the mixed "
-        "product, inner problem solved, finite differences of the re-solved problem, the method, the first outer step, "
+        "product, inner problem solved, finite differences of the re-solved problem, the method, the first outer steps, "
         "all methods at the solution"
     )
     assert certificate.as_json()["not judged"] == certificate.not_judged and len(certificate.not_judged) == 6

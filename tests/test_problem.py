@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
+from bilevel import check, hypergradient_at
 from bilevel.constraints import Bijections, Box, Positive, Real, Simplex, UnitInterval
 from bilevel.data import Minibatches, Split, load_digits
 from bilevel.errors import UsageError
@@ -590,10 +591,13 @@ RAISED = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "look", [lambda problem: prepare(problem), hypergradient_at, check], ids=["fit", "at", "check"]
+)
 @pytest.mark.parametrize(("make", "cause", "message"), RAISED.values(), ids=RAISED)
-def test_what_does_not_fit_is_told_in_one_sentence_with_its_cause(make, cause, message):
+def test_what_does_not_fit_is_told_in_one_sentence_with_its_cause(make, cause, message, look):
     with pytest.raises(UsageError, match=message) as caught:
-        prepare(make())
+        look(make())
     assert "\n" not in str(caught.value)
     assert caught.value.__cause__ is None if cause is None else isinstance(caught.value.__cause__, cause)
 

@@ -411,7 +411,9 @@ def test_solvers_that_compare_losses_refuse_a_bare_optimality(solver):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: GradientDescent(max_steps=0), "GradientDescent needs max_steps >= 1, but got 0"),
+        (lambda: GradientDescent(max_steps=0), "GradientDescent needs max_steps >= 1, an integer, but got 0"),
+        (lambda: TorchOptimizer(torch.optim.SGD), "TorchOptimizer needs max_steps >= 1, an integer, but got <class"),
+        (lambda: LBFGS(atol="1e-3"), r"LBFGS needs atol >= 0, but got .1e-3."),
         (lambda: LBFGS(atol=-1.0), r"LBFGS needs atol >= 0, but got -1\.0"),
         (lambda: NewtonCG(atol=float("nan")), "NewtonCG needs atol >= 0, but got nan"),
         (lambda: GradientDescent(learning_rate=0.0), r"GradientDescent needs learning_rate > 0, but got 0\.0"),

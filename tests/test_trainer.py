@@ -9,6 +9,7 @@ from torch.optim import lr_scheduler as schedulers
 
 import bilevel
 from bilevel.constraints import Box, Positive, Simplex
+from bilevel.data import Minibatches
 from bilevel.errors import UsageError
 from bilevel.hypergradient import Implicit, OneStep, Unrolled
 from bilevel.linalg import GMRES, ConjugateGradient
@@ -202,21 +203,34 @@ def test_typed_hyperparameters_stay_in_their_sets_under_dotted_names():
     assert result.history[-1]["outer_loss"] < 0.3 * result.history[0]["outer_loss"]
 
 
+class Noisy(Shrink):
+    """The target is known from minibatches only."""
+
+    def __init__(self):
+        super().__init__()
+        self.noise = torch.randn(200, generator=torch.Generator().manual_seed(0))
+        self.noise -= self.noise.mean()
+        self.inner_batches = Minibatches(200, 50, seed=1)
+
+    def inner_loss(self, params, hparams, batch):
+        target = self.target + self.noise[batch].mean()
+        w = params["w"]
+        return ((w - target).square().sum() + hparams["penalty"] * w.square().sum()) / 2
+
+
+@pytest.mark.parametrize("method", [Implicit(), Implicit.auto()], ids=["implicit", "implicit_auto"])
+def test_with_minibatches_there_is_no_error_estimate_and_no_step_is_shrunk(method):
+    solver = GradientDescent(learning_rate=0.1, max_steps=60, atol=0.0)
+    result = fit(Noisy(), solver=solver, hypergradient=method, num_steps=6)
+    for record in result.history:
+        assert math.isnan(record["hypergradient_error"]) and math.isnan(record["receipt.error_estimate"])
+        assert not record["shrunk"] and record["receipt.biased"]
+        assert record["receipt.estimate_mv"] == 0
+    moved = abs(float(result.history[-1]["hparams.penalty"]) / float(result.history[0]["hparams.penalty"]) - 1)
+    assert moved > 0.05
+
+
 def test_minibatches_reach_the_neighbourhood_of_the_optimum():
-    class Noisy(Shrink):
-        def __init__(self):
-            super().__init__()
-            from bilevel.data import Minibatches
-
-            self.noise = torch.randn(200, generator=torch.Generator().manual_seed(0))
-            self.noise -= self.noise.mean()
-            self.inner_batches = Minibatches(200, 50, seed=1)
-
-        def inner_loss(self, params, hparams, batch):
-            target = self.target + self.noise[batch].mean()
-            w = params["w"]
-            return ((w - target).square().sum() + hparams["penalty"] * w.square().sum()) / 2
-
     solver = GradientDescent(learning_rate=0.1, max_steps=60, atol=0.0)
     result = fit(Noisy(), solver=solver, num_steps=80)
     assert float(result.history[-1]["hparams.penalty"]) == pytest.approx(2.0, rel=0.25)

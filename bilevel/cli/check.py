@@ -14,7 +14,7 @@ _USAGE = """\
 usage: python -m bilevel check [--config-dir DIR] [group=option] [key=value] ...
 
 Certifies the hypergradient of a problem before anybody relies on it: at the problem's own solution, in float64, and at
-the tolerances that the solvers were given (where a run adapts them, its first step is shown besides). Takes what `train`
+the tolerances that the solvers were given (where a run adapts them, its first steps are shown besides). Takes what `train`
 takes, for instance experiment=digits. Prints a table of checks with what to do about each finding, writes
 certificate.json and certificate.png into a folder under output_dir/checks, and exits with 0 (sound, or approximate as
 the experiment's key check.declared says) or 1 (a finding that is not declared, or a declared one that is absent)."""

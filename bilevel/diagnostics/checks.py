@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from bilevel.diagnostics.comparisons import finite_differences, first_step, method, stationarity
+from bilevel.diagnostics.comparisons import finite_differences, first_steps, method, stationarity
 from bilevel.diagnostics.finding import DIFFERENCE, TITLES, Flaw, Limits, Row, row
-from bilevel.diagnostics.resolved import pull_to_raw, raw_coordinates
+from bilevel.diagnostics.resolved import pull_to_raw, raw_coordinates, raw_places
 from bilevel.diagnostics.subject import DENSE_LIMIT, Subject, relative, solve
 from bilevel.hypergradient import find_paths
 from bilevel.hypergradient.method import outer_gradients
-from bilevel.linalg import Tag, as_matrix, lanczos
+from bilevel.linalg import LinearOperator, Tag, as_matrix, lanczos
 from bilevel.linearisation import Linearisation
 from bilevel.problem import Problem
 from bilevel.purity import Fault, disturbances, randomness
+from bilevel.result import Result
 from bilevel.rng import generator, normal
 
 EXACT = 1e-8  # relative difference of numbers that are equal but for rounding, in float64
 SINGULAR = 1e-12  # least over largest eigenvalue below which a Hessian counts as singular
 NUM_LANCZOS = 80
+NUM_INVERSE = 5  # solves, by which the eigenvalues next to zero are found where the Hessian is too large for a matrix
+INVERSE_ERROR = 1e-6  # of the inverse's eigenvalues: far above what accurate solves leave
 KINK = 1e-6  # length of the steps to either side of the solution, relative to its size
 SHORTER = 0.1  # factor of a second length, at which a jump shows
 DATA_DRAWS = ("randint", "randperm", "multinomial")  # what draws indices, not noise
@@ -193,27 +197,34 @@ def _differences(subject: Subject, v: Tensor, length: float) -> tuple[float, flo
 
 
 def adjoint(subject: Subject, limits: Limits) -> Row:
-    """`<w, (∂F/∂θ) u>` by finite differences of `F` against `<(∂F/∂θ)^T w, u>` by the graph.
+    """`<w, (∂F/∂θ) u>` by finite differences of `F` against `<(∂F/∂θ)^T w, u>` by the graph, for each hyperparameter by itself.
 
-    In raw coordinates, where no step leaves the constraint: a natural step may reach a penalty below zero.
+    In raw coordinates, where no step leaves the constraint: a natural step may reach a penalty below zero. A derivative that
+    is small beside the others' would not show in one direction for all.
     """
     x = subject.refined
     theta, natural = raw_coordinates(subject)
     u, w = _direction(subject, theta, 20) * theta.abs().clamp(min=1e-3), _direction(subject, x, 21)
-    length = 1e-4
-    with torch.no_grad():
-        beside = [natural(theta + s * length * u) for s in (1, -1)]
-    values = [subject.linearise(x, hparams).optimality.detach() for hparams in beside]
-    forward = float((w * (values[0] - values[1])).sum() / (2 * length))
     pulled = pull_to_raw(subject, subject.layout.ravel(subject.at_refined.mixed(w)))
-    backward, size = float((pulled * u).sum()), float(pulled.norm() * u.norm())
-    change = float((values[0] - values[1]).norm()) / (2 * length)
+    length = 1e-4
     # What rounding leaves of F, which is a difference of terms as large as its derivative times the point.
     rounding = torch.finfo(x.dtype).eps * _size(subject.at_refined) * float(x.norm()) / length
-    error = abs(forward - backward) / max(size, change, rounding / DIFFERENCE, 1e-12)
-    said = f"the mixed product and finite differences of F in the hyperparameters differ by {error:.2g}"
+    errors: dict[str, float] = {}
+    for name, place in raw_places(subject).items():
+        along = torch.zeros_like(u)
+        along[place] = u[place]
+        with torch.no_grad():
+            beside = [natural(theta + s * length * along) for s in (1, -1)]
+        values = [subject.linearise(x, hparams).optimality.detach() for hparams in beside]
+        forward = float((w * (values[0] - values[1])).sum() / (2 * length))
+        backward, size = float(pulled @ along), float(pulled[place].norm() * along.norm())
+        change = float((values[0] - values[1]).norm()) / (2 * length)
+        errors[name] = abs(forward - backward) / max(size, change, rounding / DIFFERENCE, 1e-12)
+    where = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
+    worst = errors[where]
+    said = f"the mixed product and finite differences of F in '{where}' differ by {worst:.2g}"
     flaw = Flaw.wrong_optimality if hasattr(subject.problem, "optimality") else Flaw.wrong_mixed_product
-    return row(TITLES["adjoint"], error, DIFFERENCE, flaw, said)
+    return row(TITLES["adjoint"], worst, DIFFERENCE, flaw, said)
 
 
 def spectrum(subject: Subject, limits: Limits) -> Row:
@@ -226,23 +237,30 @@ def spectrum(subject: Subject, limits: Limits) -> Row:
             return _finite_row("spectrum", ["the matrix of products with unit vectors is not finite at the solution"])
         values = torch.linalg.eigvalsh((matrix + matrix.mT) / 2) if is_hessian else torch.linalg.svdvals(matrix)
         smallest, largest = values.amin(-1), values.amax(-1)
-        least = values.abs().amin(-1)
-    elif is_hessian:
-        ritz = lanczos(operator, NUM_LANCZOS, subject.seed)
-        smallest, largest = ritz.smallest, ritz.largest
-        least = _least_by_inverse(subject, limits)
+        least, solved = values.abs().amin(-1), True
     else:
-        gram = operator.transpose() @ operator
-        gram.tags = gram.tags | {Tag.symmetric}
-        ritz = lanczos(gram, NUM_LANCZOS, subject.seed)
-        smallest, largest = ritz.smallest.clamp(min=0).sqrt(), ritz.largest.sqrt()
-        least = _least_by_inverse(subject, limits)
+        if not is_hessian:
+            operator = operator.transpose() @ operator
+            operator.tags = operator.tags | {Tag.symmetric}
+        ritz = lanczos(operator, NUM_LANCZOS, subject.seed)
+        inverse = _Inverse(subject.at_refined)
+        near_zero = lanczos(inverse, NUM_INVERSE, subject.seed)
+        least = 1.0 / torch.maximum(near_zero.smallest.abs(), near_zero.largest.abs()).clamp(min=1e-300)
+        least = torch.where(inverse.met(Result.singular), 0.0, least.nan_to_num(0.0))
+        # The inverse's most negative eigenvalue is that of the Hessian next to zero, which its own Krylov space may not show.
+        solved = bool(inverse.met(Result.converged).all())
+        below = inverse.met(Result.converged) & (near_zero.smallest < -INVERSE_ERROR / least)
+        smallest = torch.where(below, torch.minimum(ritz.smallest, 1.0 / near_zero.smallest), ritz.smallest)
+        largest = ritz.largest
+        if not is_hessian:
+            smallest, largest, least = (value.clamp(min=0).sqrt() for value in (smallest, largest, least))
     size = torch.maximum(smallest.abs(), largest.abs())
     if not bool(size.isfinite().all()):
         return _finite_row("spectrum", ["the extreme eigenvalues of a Krylov space are not finite at the solution"])
     worst = int((least / size).flatten().argmin())
     low, high, ratio = (float(v.flatten()[worst]) for v in (smallest, largest, size / least.clamp(min=1e-300)))
-    figure = f"{'eigenvalues' if is_hessian else 'singular values'} from {low:.3g} to {high:.3g}, condition {ratio:.2g}"
+    kind, about = "eigenvalues" if is_hessian else "singular values", "" if solved else "at least "
+    figure = f"{kind} from {low:.3g} to {high:.3g}, condition {about}{ratio:.2g}"
     flaws: tuple[tuple[Flaw, str], ...] = ()
     if bool((least <= SINGULAR * size).any()) or not float(size.max()) > 0:
         flaws = ((Flaw.singular_hessian, f"least eigenvalue in size {float(least.min()):.2g}, largest {high:.2g}"),)
@@ -263,7 +281,7 @@ CHECKS: tuple[Check, ...] = (
     stationarity,
     finite_differences,
     method,
-    first_step,
+    first_steps,
 )
 
 
@@ -279,12 +297,28 @@ def _size(at: Linearisation) -> float:
     return float(at.operator.mv(vector).norm(dim=-1).max())
 
 
-def _least_by_inverse(subject: Subject, limits: Limits) -> Tensor:
-    """The least eigenvalue in size by inverse iteration: three accurate solves from a random vector."""
-    vector = _direction(subject, subject.refined, 30)
-    length = torch.ones(vector.shape[:-1], dtype=vector.dtype, device=vector.device)
-    for _ in range(3):
-        value = solve(subject.at_refined, vector).value
-        length = value.norm(dim=-1)
-        vector = value / length.clamp(min=1e-300).unsqueeze(-1)
-    return 1.0 / length.clamp(min=1e-300)
+class _Inverse(LinearOperator):
+    """The inverse of a Hessian by accurate solves, or that of the square `A^T A` of a Jacobian; remembers how they ended."""
+
+    def __init__(self, at: Linearisation) -> None:
+        of = at.operator
+        self.shape, self.batch_shape, self.dtype, self.device = of.shape, of.batch_shape, of.dtype, of.device
+        self.tags, self._at, self._is_hessian = frozenset({Tag.symmetric}), at, Tag.symmetric in of.tags
+        self._results: list[Tensor] = []
+
+    def mv(self, vector: Tensor) -> Tensor:
+        """`A^{-1} v`, or `A^{-1} A^{-T} v`."""
+        for transposed in (False,) if self._is_hessian else (True, False):
+            solution = solve(self._at, vector, transposed=transposed)
+            self._results.append(solution.result)
+            vector = solution.value
+        return vector
+
+    def transpose(self) -> LinearOperator:
+        """Itself."""
+        return self
+
+    def met(self, result: Result) -> Tensor:
+        """The systems of which all solves ended so, if well; or any did, if not; `(*batch,)`."""
+        ended = torch.stack(self._results) == result.code
+        return ended.all(0) if result.successful else ended.any(0)

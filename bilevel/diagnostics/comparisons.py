@@ -80,27 +80,40 @@ def method(subject: Subject, limits: Limits) -> Row:
     return Row(title, figure, f"<= {limits.tolerance:g}", flaws)
 
 
-def first_step(subject: Subject, limits: Limits) -> Row:
-    """What a run makes of its first step where it adapts the tolerances: told, not judged, as the receipt tells it, too."""
-    title = TITLES["first_step"]
+def first_steps(subject: Subject, limits: Limits) -> Row:
+    """What a run makes of its first steps where it adapts the tolerances: told, not judged, as their receipts tell it, too.
+
+    The second step stays where the first one was, but has learnt from it: tolerances, damping, preconditioner.
+    """
+    title = TITLES["first_steps"]
     if isinstance(subject.method.accuracy, FixedAccuracy):
         return Row(title, "at the solvers' own tolerances, as above")
-    result = _as_in_a_run(subject, subject.method)
-    if isinstance(result, NumericalError):
-        return Row(title, "stopped by its policy")
-    gradient = subject.layout.ravel(result.gradient)
-    error, size = relative(gradient, subject.exact, subject.floor), float(gradient.norm())
-    figure = f"relative error {error:.2g}, at the tolerances that a run starts with"
-    if size > 0 and not math.isnan(result.receipt.error_estimate):
-        figure += f"; its receipt says {result.receipt.error_estimate / size:.2g}"
+    results: list[Hypergradient] = []
+    for _ in range(2):
+        result = _as_in_a_run(subject, subject.method, results[-1] if results else None)
+        if isinstance(result, NumericalError):
+            return Row(title, "stopped by its policy")
+        results.append(result)
+    gradients = [subject.layout.ravel(result.gradient) for result in results]
+    errors = [relative(gradient, subject.exact, subject.floor) for gradient in gradients]
+    figure = (
+        f"relative errors {' and '.join(f'{error:.2g}' for error in errors)}, at the tolerances that a run starts with"
+    )
+    sizes, estimates = [float(one.norm()) for one in gradients], [one.receipt.error_estimate for one in results]
+    if min(sizes) > 0 and all(map(math.isfinite, estimates)):
+        said = [f"{estimate / size:.2g}" for estimate, size in zip(estimates, sizes, strict=True)]
+        figure += f"; their receipts say {' and '.join(said)}"
     return Row(title, figure)
 
 
-def _as_in_a_run(subject: Subject, method: HypergradientMethod) -> Hypergradient | NumericalError:
-    """The first hypergradient of an outer loop, or what its policy says."""
-    start = subject.flat.start(subject.hparams).detach()
-    state = start_method(method, subject.flat, subject.solver, start, subject.hparams)
+def _as_in_a_run(
+    subject: Subject, method: HypergradientMethod, after: Hypergradient | None = None
+) -> Hypergradient | NumericalError:
+    """The first hypergradient of an outer loop or the one after another, or what its policy says."""
+    flat, solver, hparams, batches = subject.flat, subject.solver, subject.hparams, subject.batches
+    start = flat.start(hparams).detach() if after is None else after.params
+    state = start_method(method, flat, solver, start, hparams) if after is None else after.state
     try:
-        return differentiate(method, subject.flat, subject.solver, start, subject.hparams, subject.batches, state)
+        return differentiate(method, flat, solver, start, hparams, batches, state)
     except NumericalError as refusal:
         return refusal

@@ -91,7 +91,7 @@ TITLES = {
     "spectrum": "curvature",
     "finite_differences": "finite differences of the re-solved problem",
     "method": "the method",
-    "first_step": "the first outer step",
+    "first_steps": "the first outer steps",
     "methods": "all methods at the solution",
 }
 

@@ -83,6 +83,15 @@ def raw_coordinates(subject: Subject) -> tuple[Tensor, Callable[[Tensor], Tensor
     return torch.cat([raw[name].flatten() for name in names]), natural
 
 
+def raw_places(subject: Subject) -> dict[str, slice]:
+    """Where each hyperparameter is in that vector."""
+    places, start = {}, 0
+    for name, value in subject.bijections.to_raw(subject.hparams).items():
+        places[name] = slice(start, start + value.numel())
+        start += value.numel()
+    return places
+
+
 def pull_to_raw(subject: Subject, gradient: Tensor) -> Tensor:
     """A gradient with respect to natural hyperparameters, with respect to raw ones."""
     flat, natural = raw_coordinates(subject)

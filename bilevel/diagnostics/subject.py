@@ -13,10 +13,11 @@ from torch import Tensor
 
 from bilevel.constraints import Bijections
 from bilevel.diagnostics.resolved import Measured, directional_derivatives, pull_to_raw
+from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem, StepBatches, given_hparams
-from bilevel.hypergradient import HypergradientMethod
+from bilevel.hypergradient import HypergradientMethod, find_paths
 from bilevel.hypergradient.method import outer_gradients, solve_inner
-from bilevel.hypergradient.trial import bind_solver
+from bilevel.hypergradient.trial import blaming, first_look, starting_hparams
 from bilevel.linalg import GMRES, MINRES, DenseLU, Tag
 from bilevel.linearisation import Linearisation, linearise
 from bilevel.problem import Problem
@@ -63,11 +64,27 @@ class Subject:
         hparams: Mapping[str, Any] | None,
         seed: int = 0,
     ) -> Subject:
-        """Copy the problem, move the copy to float64, and look at its starting values."""
+        """Copy the problem, move the copy to float64, and look at its starting values.
+
+        Raises:
+            UsageError: a function of the problem fails, or the parts do not fit each other.
+        """
         twin = copy.deepcopy(problem).to(dtype=torch.float64)
+        starting_hparams(twin)
         at = given_hparams(twin, hparams)
-        flat = FlatProblem.of(twin, at)
-        return cls(twin, bind_solver(solver, flat, at), method, at, flat, StepBatches(twin, 0), seed)
+        try:
+            flat, solver, start, batches = first_look(twin, solver, method, at)
+        except UsageError as error:
+            if "dtype" not in str(error.__cause__):
+                raise
+            raise UsageError(
+                f"{error} A certificate is made in float64, whatever the problem's own: hold tensors as attributes, which are "
+                "moved, or make them in the dtype of params."
+            ) from error.__cause__
+        given = {"params": flat.unravel(start), "hparams": at}
+        with flat.purity.rehearsal(), blaming(twin, "inner_loss or outer_loss, differentiated,", **given):
+            find_paths(flat, solver, at, batches)
+        return cls(twin, solver, method, at, flat, batches, seed)
 
     @cached_property
     def bijections(self) -> Bijections:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from bilevel.flat import FlatProblem, StepBatches, given_hparams
+from bilevel.flat import given_hparams
 from bilevel.hypergradient.implicit import Implicit
 from bilevel.hypergradient.method import HypergradientMethod, differentiate, start_method
 from bilevel.hypergradient.paths import check_not_all_zero, check_paths
-from bilevel.hypergradient.trial import bind_solver, check_arguments, report_impurities
+from bilevel.hypergradient.trial import blaming, check_arguments, first_look, report_impurities, starting_hparams
 from bilevel.problem import Problem
 from bilevel.receipt import Receipt
 from bilevel.solvers import LBFGS, GradientDescent, InnerSolver
@@ -85,15 +84,13 @@ def hypergradient_at(
     method = Implicit() if method is None else method
     solver = default_solver(problem) if solver is None else solver
     check_arguments(problem, solver, method)
+    starting_hparams(problem)
     at = given_hparams(problem, hparams)
-    flat, batches = FlatProblem.of(problem, at), StepBatches(problem, step)
-    method.check(solver)
-    solver = bind_solver(solver, flat, at)
-    with flat.purity.rehearsal():
+    flat, solver, start, batches = first_look(problem, solver, method, at, step)
+    given = {"params": flat.unravel(start), "hparams": at}
+    with flat.purity.rehearsal(), blaming(problem, "inner_loss or outer_loss, differentiated,", **given):
         check_paths(method, flat, solver, at, batches)
-    with torch.no_grad():
-        start = flat.start(at)
-    report_impurities(flat, start.detach(), at, batches)
+    report_impurities(flat, start, at, batches)
     result = differentiate(method, flat, solver, start, at, batches, start_method(method, flat, solver, start, at))
     if all(bool(value.isfinite().all()) for value in result.gradient.values()):
         check_not_all_zero(result, method)

@@ -24,6 +24,7 @@ from bilevel.hypergradient.method import (
     solve_without_graph,
 )
 from bilevel.hypergradient.negative_curvature import NegativeCurvature, SwitchToMINRES, System
+from bilevel.hypergradient.trial import declared_curvature
 from bilevel.hypergradient.unconverged import OuterStep, Unconverged, Warn, settle
 from bilevel.linalg import AutoSolver, ConjugateGradient, LinearSolver, Tag
 from bilevel.linalg.recycling import WatchedOperator
@@ -57,7 +58,7 @@ class Implicit(HypergradientMethod):
         recycle: largest number of directions of the linear solves before that correct the preconditioner of the next one;
             two vectors of memory each. None of their error stays.
         preconditioner: approximates the inverse of the inner Hessian; built anew when that pays.
-        error_estimate: estimates the error of the number from both residuals; None leaves that out.
+        error_estimate: estimates the error of the number from both residuals; None leaves that out, and so do minibatches.
         damping: what is added to the diagonal of the inner Hessian; the receipt's residual and errors include what that does.
         unconverged: what to do where the inner solve ends short of its tolerance.
         negative_curvature: what to do where the inner Hessian is seen not to be positive definite.
@@ -112,8 +113,9 @@ class Implicit(HypergradientMethod):
         self.unconverged.check(solver)
 
     def estimates_error(self, problem: FlatProblem, solver: InnerSolver) -> bool:
-        """Where it is asked for, and the solution is the minimiser of a loss."""
-        return self.error_estimate is not None and solver.conditions(problem.objective(None)).loss is not None
+        """Where it is asked for, and the solution minimises a loss of all data: a batch's gradient does not vanish there."""
+        is_loss = solver.conditions(problem.objective(None)).loss is not None
+        return self.error_estimate is not None and is_loss and problem.problem.inner_batches is None
 
     def compute(
         self,
@@ -125,6 +127,8 @@ class Implicit(HypergradientMethod):
         state: MethodState,
     ) -> Hypergradient:
         """Inner solve without a graph, then the theorem."""
+        if batches.stochastic and self.error_estimate is not None:
+            return replace(self, error_estimate=None).compute(problem, solver, params, hparams, batches, state)
         inner = solve_without_graph(problem, solver, params, hparams, batches, self.warm_start)
         handled = settle(self.unconverged, OuterStep(problem, solver, hparams, batches), inner)
         if isinstance(handled, Hypergradient):
@@ -193,7 +197,7 @@ class Implicit(HypergradientMethod):
         if self.error_estimate is None or solved.watched is None:
             return NOTHING
         behind = Solved(solved.watched, vector, solved.solution.value, gradient)
-        lower = at.problem.problem.lower_curvature(detach(at.hparams))
+        lower = declared_curvature(at.problem.problem, detach(at.hparams))
         return self.error_estimate.estimate(at, solver, batches, behind, lower)
 
 

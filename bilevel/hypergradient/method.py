@@ -100,6 +100,12 @@ class HypergradientMethod(ABC):
                 f"{type(self).__name__} records the inner steps, but {type(solver).__name__} is not differentiable: "
                 "use GradientDescent, ProximalGradient, AndersonAcceleration or Adam, or an implicit hypergradient."
             )
+        if self.accuracy.needs_estimate and type(self).estimates_error is HypergradientMethod.estimates_error:
+            raise UsageError(
+                f"{type(self.accuracy).__name__} goes by the error estimate of implicit hypergradients, and "
+                f"{type(self).__name__} has none: use DecreasingAccuracy, which any method can (accuracy=decreasing), or "
+                "FixedAccuracy (accuracy=fixed)."
+            )
 
 
 def start_method(
@@ -111,9 +117,7 @@ def start_method(
 ) -> MethodState:
     """The state before the first outer step: the method's own, and that of its accuracy if that can serve the method."""
     own = method.init(problem, solver, params, hparams)
-    # The gradient of a batch says nothing of how far a solve has come.
-    stochastic = StepBatches(problem.problem, 0).stochastic
-    if method.accuracy.needs_estimate and (stochastic or not method.estimates_error(problem, solver)):
+    if method.accuracy.needs_estimate and not method.estimates_error(problem, solver):
         return own
     return {**own, **method.accuracy.init(params)}
 

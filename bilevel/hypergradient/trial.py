@@ -7,20 +7,22 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
+from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bilevel.broadcast import Broadcast
 from bilevel.errors import UsageError
-from bilevel.flat import FlatProblem, StepBatches, named_parts
+from bilevel.flat import FlatProblem, StepBatches, named_parts, natural_hparams
 from bilevel.hypergradient.method import HypergradientMethod
 from bilevel.problem import Problem
 from bilevel.purity import disturbances
 from bilevel.solvers import InnerSolver
 from bilevel.solvers.options import bind
+from bilevel.tree import TensorDict, detach
 
 _MISTAKES = (RuntimeError, ValueError, LookupError, TypeError, AttributeError)
 _TORCH = Path(torch.__file__).parent
@@ -51,6 +53,73 @@ def blaming(problem: Problem, function: str, **given: Any) -> Iterator[None]:
         ) from error
 
 
+class FirstLook(NamedTuple):
+    """A problem between vectors, all of whose functions have been called once."""
+
+    flat: FlatProblem
+    solver: InnerSolver  # its options fitted to the problem
+    start: Tensor
+    batches: StepBatches
+
+
+def first_look(
+    problem: Problem, solver: InnerSolver, method: HypergradientMethod, hparams: Mapping[str, Tensor], step: int = 0
+) -> FirstLook:
+    """Call the problem's functions once, and fit the parts to it.
+
+    Args:
+        problem: the user's.
+        solver: the inner solver.
+        method: that the solver has to serve.
+        hparams: where, natural units, as from `starting_hparams`.
+        step: number of the outer step, which batches are a function of.
+
+    Raises:
+        UsageError: a function of the problem fails or does not return what it should, batches do not fit the tasks, or the
+            parts do not fit each other.
+    """
+    _check_num_tasks(problem)
+    with blaming(problem, "init_params", hparams=hparams):
+        flat = FlatProblem.of(problem, hparams)
+        with torch.no_grad():
+            start = flat.start(hparams).detach()
+    if not start.numel() or not start.is_floating_point():
+        came = f"are {start.dtype}" if start.numel() else "have no entry"
+        raise UsageError(f"{type(problem).__name__}.init_params was expected to return real numbers, but they {came}.")
+    method.check(solver)
+    solver, batches = bind_solver(solver, flat, hparams), StepBatches(problem, step)
+    with flat.purity.rehearsal():
+        try_losses(flat, start, hparams, batches)
+    return FirstLook(flat, solver, start, batches)
+
+
+def starting_hparams(problem: Problem) -> TensorDict:
+    """The problem's own hyperparameters in natural units.
+
+    Raises:
+        UsageError: `init_hparams` fails, or returns none, or one that is not floating-point.
+    """
+    with blaming(problem, "init_hparams"):
+        natural = detach(natural_hparams(problem))
+    if not natural:
+        raise UsageError(
+            f"{type(problem).__name__}.init_hparams() returned no hyperparameter: there is nothing to tune."
+        )
+    for name, value in natural.items():
+        if not value.is_floating_point():
+            raise UsageError(f"hyperparameter '{name}' was expected to be floating-point, but is {value.dtype}.")
+    return natural
+
+
+def _check_num_tasks(problem: Problem) -> None:
+    number = problem.num_tasks
+    if number is not None and (not isinstance(number, int) or number < 1):
+        raise UsageError(
+            f"{type(problem).__name__}.num_tasks must be an integer of at least 1, or None for a single system, "
+            f"but is {number!r}."
+        )
+
+
 def try_losses(problem: FlatProblem, start: Tensor, hparams: Mapping[str, Tensor], batches: StepBatches) -> None:
     """Evaluate the inner problem and the outer loss once at the starting point.
 
@@ -73,6 +142,30 @@ def try_losses(problem: FlatProblem, start: Tensor, hparams: Mapping[str, Tensor
             objective.loss(start, hparams)
     with blaming(user, "outer_loss", params=params, hparams=hparams, batch=outer):
         problem.outer_loss(start, hparams, outer)
+
+
+def declared_curvature(problem: Problem, hparams: Mapping[str, Tensor]) -> float | None:
+    """What the problem says of the least curvature of its inner loss; None: nothing.
+
+    Raises:
+        UsageError: it is no method, fails, or returns no number.
+    """
+    declared: Any = problem.lower_curvature
+    if not callable(declared):
+        raise UsageError(
+            f"{type(problem).__name__}.lower_curvature was expected to be a method of hyperparameters, but is {declared!r}: "
+            f"write `def lower_curvature(self, hparams): return {declared!r}`."
+        )
+    with blaming(problem, "lower_curvature", hparams=hparams):
+        bound = declared(hparams)
+    if isinstance(bound, Tensor) and bound.numel() == 1:
+        bound = bound.item()
+    if bound is not None and not isinstance(bound, Real):
+        came = f"a tensor of shape {tuple(bound.shape)}" if isinstance(bound, Tensor) else repr(bound)
+        raise UsageError(
+            f"{type(problem).__name__}.lower_curvature was expected to return one number or None, but returned {came}."
+        )
+    return None if bound is None else float(bound)
 
 
 def check_arguments(problem: Any, solver: Any, method: Any) -> None:

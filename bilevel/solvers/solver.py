@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
@@ -49,12 +50,13 @@ class InnerSolver(ABC):
 
     def __post_init__(self) -> None:
         """Validate the numbers."""
-        if self.max_steps < 1:
-            raise UsageError(f"{type(self).__name__} needs max_steps >= 1, but got {self.max_steps}.")
-        if not self.atol >= 0:
-            raise UsageError(f"{type(self).__name__} needs atol >= 0, but got {self.atol}.")
-        if not 0 <= self.rtol < 1:
-            raise UsageError(f"{type(self).__name__} needs rtol in [0, 1), but got {self.rtol}.")
+        name = type(self).__name__
+        if not _is(Integral, self.max_steps) or self.max_steps < 1:
+            raise UsageError(f"{name} needs max_steps >= 1, an integer, but got {self.max_steps!r}.")
+        if not _is(Real, self.atol) or not self.atol >= 0:
+            raise UsageError(f"{name} needs atol >= 0, but got {self.atol!r}.")
+        if not _is(Real, self.rtol) or not 0 <= self.rtol < 1:
+            raise UsageError(f"{name} needs rtol in [0, 1), but got {self.rtol!r}.")
 
     @property
     def hparam_names(self) -> tuple[str, ...]:
@@ -112,3 +114,8 @@ def split_state(state: State) -> tuple[dict[str, Tensor], State]:
 def row_norm(vector: Tensor) -> Tensor:
     """Norm of each system's vector, cut from every graph: a measurement, not a part of the step."""
     return torch.linalg.vector_norm(vector.detach(), dim=-1)
+
+
+def _is(kind: type, value: Any) -> bool:
+    """Whether it is a number of the kind: whatever is given in spite of the annotations."""
+    return isinstance(value, kind)

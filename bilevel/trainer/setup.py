@@ -11,14 +11,14 @@ from torch import Tensor
 
 from bilevel.constraints import Bijections
 from bilevel.errors import UsageError
-from bilevel.flat import FlatProblem, StepBatches, natural_hparams
+from bilevel.flat import FlatProblem
 from bilevel.hypergradient import HypergradientMethod, check_paths, start_method
-from bilevel.hypergradient.trial import bind_solver, blaming, check_arguments, report_impurities, try_losses
+from bilevel.hypergradient.trial import blaming, check_arguments, first_look, report_impurities, starting_hparams
 from bilevel.problem import Problem
 from bilevel.solvers import InnerSolver
 from bilevel.trainer.optimizer import OptimizerFactory, OuterOptimizer, SchedulerFactory
 from bilevel.trainer.state import Best, TrainState
-from bilevel.tree import TensorDict, detach
+from bilevel.tree import TensorDict
 
 
 @dataclass(frozen=True)
@@ -51,24 +51,12 @@ def set_up(
     """
     check_arguments(problem, solver, method)
     _check_factory(optimizer)
-    _check_num_tasks(problem)
-    natural = _starting_hparams(problem)
+    natural = starting_hparams(problem)
     bijections = Bijections.of(problem.constraints, list(natural))
     raw = {name: value.clone().requires_grad_() for name, value in bijections.to_raw(natural).items()}
     with torch.no_grad():
         natural = bijections.to_natural(raw)
-    with blaming(problem, "init_params", hparams=natural):
-        flat = FlatProblem.of(problem, natural)
-        with torch.no_grad():
-            params = flat.start(natural).detach()
-    if not params.numel() or not params.is_floating_point():
-        came = f"are {params.dtype}" if params.numel() else "have no entry"
-        raise UsageError(f"{type(problem).__name__}.init_params was expected to return real numbers, but they {came}.")
-    method.check(solver)
-    solver = bind_solver(solver, flat, natural)
-    batches = StepBatches(problem, 0)
-    with flat.purity.rehearsal():
-        try_losses(flat, params, natural, batches)
+    flat, solver, params, batches = first_look(problem, solver, method, natural)
     report_impurities(flat, params, natural, batches)
     given = {"params": flat.unravel(params), "hparams": natural}
     with flat.purity.rehearsal(), blaming(problem, "inner_loss or outer_loss, differentiated,", **given):
@@ -97,25 +85,3 @@ def _check_factory(optimizer: Any) -> None:
             "optimizer was expected to be a function that makes one from the raw hyperparameters, but is "
             f"an object of {name}: write functools.partial(torch.optim.Adam, lr=0.1)."
         )
-
-
-def _check_num_tasks(problem: Problem) -> None:
-    number = problem.num_tasks
-    if number is not None and (not isinstance(number, int) or number < 1):
-        raise UsageError(
-            f"{type(problem).__name__}.num_tasks must be an integer of at least 1, or None for a single system, "
-            f"but is {number!r}."
-        )
-
-
-def _starting_hparams(problem: Problem) -> TensorDict:
-    with blaming(problem, "init_hparams"):
-        natural = detach(natural_hparams(problem))
-    if not natural:
-        raise UsageError(
-            f"{type(problem).__name__}.init_hparams() returned no hyperparameter: there is nothing to tune."
-        )
-    for name, value in natural.items():
-        if not value.is_floating_point():
-            raise UsageError(f"hyperparameter '{name}' was expected to be floating-point, but is {value.dtype}.")
-    return natural
