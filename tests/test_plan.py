@@ -125,29 +125,27 @@ def row_of(found, name):
 # --- the cost model ---------------------------------------------------------------------------------------------------
 
 UNITS = Units(
-    gradient=1.0, product=2.0, linearise=3.0, mixed=4.0, outer=5.0, side=6.0, graph_bytes=1000.0, inner_bytes=300.0,
+    gradient=1.0, product=2.0, linearise=3.0, mixed=4.0, outer=5.0, side=6.0, graph_bytes=1000.0,
     side_bytes=200.0, flops=9.0, num_params=3, num_unknowns=3, itemsize=8,
 )  # fmt: skip
+INNER = Cost(7.0, 300.0)
 RECORDED = Recorded(Line(10.0, 0.5), Line(100.0, 40.0))
 
 PRICES = {
-    "implicit": (cost.implicit(UNITS, 7.0, 10, 2.5), Cost(7 + 12 + 25, 1000)),
-    "implicit, large inner": (
-        cost.implicit(dataclasses.replace(UNITS, inner_bytes=5e3), 7.0, 10, 2.5),
-        Cost(44, 5000),
-    ),
-    "dense": (cost.dense(UNITS, 7.0), Cost(7 + 12 + 3 * 2 + 27 / 3 / 9, 1000 + 24 * 9)),
+    "implicit": (cost.implicit(UNITS, INNER, 10, 2.5), Cost(7 + 12 + 25, 1000)),
+    "implicit, large inner": (cost.implicit(UNITS, Cost(7.0, 5e3), 10, 2.5), Cost(44, 5000)),
+    "dense": (cost.dense(UNITS, INNER), Cost(7 + 12 + 3 * 2 + 27 / 3 / 9, 1000 + 24 * 9)),
     "dense, two tasks": (
-        cost.dense(dataclasses.replace(UNITS, num_params=6), 7.0),
+        cost.dense(dataclasses.replace(UNITS, num_params=6), INNER),
         Cost(7 + 12 + 3 * 2 + 2 * 27 / 3 / 9, 1000 + 2 * 24 * 9),
     ),
-    "dense, float32": (cost.dense(dataclasses.replace(UNITS, itemsize=4), 7.0), Cost(26, 1000 + 16 * 9)),
+    "dense, float32": (cost.dense(dataclasses.replace(UNITS, itemsize=4), INNER), Cost(26, 1000 + 16 * 9)),
     "unrolled": (cost.unrolled(RECORDED, 20), Cost(20, 900)),
     "checkpointed": (cost.checkpointed(UNITS, RECORDED, 20, 4, 0.25), Cost(20 + 5, 260 + 5 * 2 * 3 * 8)),
     "checkpointed, one long segment": (cost.checkpointed(UNITS, RECORDED, 20, 50, 0.25), Cost(25, 900 + 2 * 3 * 8)),
     "forward": (cost.forward(Recorded(Line(1.0, 3.0), Line(500.0, 0.0)), 20), Cost(61, 500)),
     "one step": (cost.one_step(RECORDED, 7.0), Cost(7 + 10.5, 140)),
-    "finite differences": (cost.finite_difference(UNITS, 7.0), Cost(7 + 1 + 5 + 12, 300)),
+    "finite differences": (cost.finite_difference(UNITS, INNER), Cost(7 + 1 + 5 + 12, 300)),
 }
 
 
@@ -159,12 +157,12 @@ def test_prices_on_made_up_unit_costs(name):
 
 
 MORE = {
-    "products": lambda n: cost.implicit(UNITS, 7.0, n, 2.5),
-    "unknowns": lambda n: cost.dense(dataclasses.replace(UNITS, num_params=n, num_unknowns=n), 7.0),
+    "products": lambda n: cost.implicit(UNITS, INNER, n, 2.5),
+    "unknowns": lambda n: cost.dense(dataclasses.replace(UNITS, num_params=n, num_unknowns=n), INNER),
     "unrolled steps": lambda n: cost.unrolled(RECORDED, n),
     "checkpointed steps": lambda n: cost.checkpointed(UNITS, RECORDED, n, 4, 0.25),
     "forward steps": lambda n: cost.forward(RECORDED, n),
-    "inner seconds": lambda n: cost.finite_difference(UNITS, float(n)),
+    "inner seconds": lambda n: cost.finite_difference(UNITS, Cost(float(n), 300.0)),
 }
 
 
@@ -238,7 +236,7 @@ def test_a_cold_start_is_typical_only_where_every_start_is_cold():
 )
 def test_a_run_with_another_method(changes, expected):
     price = Cost(18.0 + UNITS.fixed + 20.0, 0.0)
-    own = InnerTrial(LBFGS(), torch.zeros(1), 18.0, 8, 9, 0, 8, 0.0, InnerResult.converged)
+    own = InnerTrial(LBFGS(), torch.zeros(1), 18.0, 8, 9, 0, 8, 0.0, InnerResult.converged, 0.0)
     bench = Bench(None, UNITS, True, own, own, Implicit())
     one = Candidate("other", Implicit(), LBFGS(), "", price, **{"inner_seconds": 18.0, **changes})
     assert _steps_seconds(one, price, pilot_of(), bench) == pytest.approx(expected, rel=1e-12)

@@ -138,7 +138,7 @@ def _tried(bench: Bench, made: Candidate, inner: InnerTrial) -> Candidate:
     units = replace(bench.units, graph_bytes=trial.bytes)
     return replace(
         made,
-        cost=cost.implicit(units, inner.seconds, trial.products, trial.product_seconds),
+        cost=cost.implicit(units, inner.cost, trial.products, trial.product_seconds),
         grows=trial.solved,
         short=made.short or _left(trial),
         source=CUT if inner.extrapolated or trial.made < trial.products else UNITS,
@@ -175,7 +175,7 @@ def _dense(bench: Bench) -> Iterator[Candidate]:
     if size > solver.max_size:
         yield replace(made, refused=f"{size} unknowns are more than its max_size of {solver.max_size}")
     else:
-        yield replace(made, cost=cost.dense(bench.units, bench.own.seconds))
+        yield replace(made, cost=cost.dense(bench.units, bench.own.cost))
 
 
 def _recorded(bench: Bench) -> Iterator[Candidate]:
@@ -263,7 +263,7 @@ def _first_order(bench: Bench) -> Iterator[Candidate]:
     yield replace(
         made,
         biased="the identity stands for the inverse Hessian",
-        cost=cost.implicit(bench.units, own.seconds, 0, 0.0),
+        cost=cost.implicit(bench.units, own.cost, 0, 0.0),
     )
     made = _own(bench, "finite differences", FiniteDifference(), "finite_difference")
     made = replace(made, biased="one virtual step stands for the inverse Hessian")
@@ -279,7 +279,7 @@ def _differenced(bench: Bench, made: Candidate, inner: InnerTrial) -> Candidate:
         return made
     if bench.site.flat.objective(bench.site.batches.curvature).loss is None:
         return replace(made, refused="it needs inner_loss, and the problem defines only optimality")
-    return replace(made, cost=cost.finite_difference(bench.units, inner.seconds))
+    return replace(made, cost=cost.finite_difference(bench.units, inner.cost))
 
 
 MAKERS: tuple[Callable[[Bench], Iterator[Candidate]], ...] = (

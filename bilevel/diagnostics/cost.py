@@ -99,7 +99,6 @@ class Units:
         outer: seconds of the outer gradients.
         side: seconds of an inner gradient with respect to the hyperparameters.
         graph_bytes: peak of a linearisation with its products.
-        inner_bytes: peak of the inner solver's own steps.
         side_bytes: peak of an inner gradient with respect to the hyperparameters.
         flops: floating-point operations a second of a Cholesky factorisation.
         num_params: length of the vector of parameters, all tasks together.
@@ -114,7 +113,6 @@ class Units:
     outer: float
     side: float
     graph_bytes: float
-    inner_bytes: float
     side_bytes: float
     flops: float
     num_params: int
@@ -131,20 +129,20 @@ class Units:
         return work.gradients * self.gradient + (work.inner_products + work.products) * self.product
 
 
-def implicit(units: Units, inner_seconds: float, products: float, product_seconds: float) -> Cost:
-    """One linear solve by an iterative solver whose products take so long, vector arithmetic included."""
-    seconds = inner_seconds + units.fixed + products * product_seconds
-    return Cost(seconds, max(units.inner_bytes, units.graph_bytes))
+def implicit(units: Units, inner: Cost, products: float, product_seconds: float) -> Cost:
+    """After the inner solve one linear solve by an iterative solver whose products take so long, vector arithmetic included."""
+    seconds = inner.seconds + units.fixed + products * product_seconds
+    return Cost(seconds, max(inner.bytes, units.graph_bytes))
 
 
-def dense(units: Units, inner_seconds: float) -> Cost:
+def dense(units: Units, inner: Cost) -> Cost:
     """The matrix by `n` products, and its factors; a task has its own."""
     size, num_tasks = units.num_unknowns, units.num_params // units.num_unknowns
     factorisation = num_tasks * size**3 / 3 / units.flops
-    seconds = inner_seconds + units.fixed + size * units.product + factorisation
+    seconds = inner.seconds + units.fixed + size * units.product + factorisation
     # Unit vectors, products and the stacked matrix; then the matrix, its factor and a copy in float64 for the residual.
     matrices = max(3 * units.itemsize, 2 * units.itemsize + 8 * (units.itemsize < 8))
-    return Cost(seconds, max(units.inner_bytes, units.graph_bytes + matrices * num_tasks * size**2))
+    return Cost(seconds, max(inner.bytes, units.graph_bytes + matrices * num_tasks * size**2))
 
 
 def unrolled(recorded: Recorded, num_steps: float) -> Cost:
@@ -168,10 +166,10 @@ def one_step(recorded: Recorded, inner_seconds: float) -> Cost:
     return Cost(inner_seconds + recorded.seconds(1), recorded.bytes(1))
 
 
-def finite_difference(units: Units, inner_seconds: float) -> Cost:
+def finite_difference(units: Units, inner: Cost) -> Cost:
     """The solve, a virtual step, the outer gradients, and the two sides of the difference."""
-    seconds = inner_seconds + units.gradient + units.outer + 2 * units.side
-    return Cost(seconds, max(units.inner_bytes, units.side_bytes))
+    seconds = inner.seconds + units.gradient + units.outer + 2 * units.side
+    return Cost(seconds, max(inner.bytes, units.side_bytes))
 
 
 def forecast(made: Mapping[float, float], steps: Sequence[int]) -> list[float]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.diagnostics.cost import Line, Recorded, Units
+from bilevel.diagnostics.cost import Cost, Line, Recorded, Units
 from bilevel.diagnostics.meter import peak_bytes, seconds_of
 from bilevel.flat import FlatProblem, StepBatches
 from bilevel.hypergradient import (
@@ -33,7 +33,7 @@ from bilevel.solvers.loop import exhausted
 from bilevel.tree import TensorDict
 
 BLOCK = 512  # rows of the matrix whose factorisation is timed
-PROFILED_STEPS = 12  # inner steps: as many as L-BFGS takes to fill its memory
+PROFILED_STEPS = 2  # inner steps beyond those that fill a solver's memory
 PROFILED_PRODUCTS = 250  # more than an error estimate remembers
 FEW, MANY = 2, 6  # recorded steps
 
@@ -80,6 +80,7 @@ class InnerTrial:
         num_made: the steps that were made; fewer than `num_steps` where the rest is extrapolated.
         stationarity: where it ended.
         result: how it ended.
+        bytes: at the peak of its steps.
     """
 
     solver: InnerSolver
@@ -91,6 +92,12 @@ class InnerTrial:
     num_made: int
     stationarity: float
     result: InnerResult
+    bytes: float
+
+    @property
+    def cost(self) -> Cost:
+        """Time and memory."""
+        return Cost(self.seconds, self.bytes)
 
     @property
     def converged(self) -> bool:
@@ -117,19 +124,33 @@ def try_inner(site: Site, solver: InnerSolver) -> InnerTrial:
             if part.result is not exhausted(solver):
                 break
     assert part is not None
+    seconds = time.perf_counter() - begun
     whole = made if part.result is not exhausted(solver) else solver.max_steps
     share = whole / made
     return InnerTrial(
         solver=solver,
         params=x,
-        seconds=share * (time.perf_counter() - begun),
+        seconds=share * seconds,
         num_steps=whole,
         num_gradients=share * part.num_gradients,
         num_products=share * part.num_mv,
         num_made=made,
         stationarity=part.stationarity,
         result=part.result,
+        bytes=_steps_bytes(site, solver),
     )
+
+
+def _steps_bytes(site: Site, solver: InnerSolver) -> float:
+    """The peak of the solver's steps, once the iterates that it keeps are as many as it ever keeps."""
+    num_steps = min(PROFILED_STEPS + getattr(solver, "history", 0), solver.max_steps)
+    short = replace(solver, max_steps=num_steps, atol=0.0, rtol=0.0)
+
+    def steps() -> None:
+        with torch.no_grad():
+            solve_inner(site.flat, short, site.start, site.hparams, site.batches)
+
+    return peak_bytes(steps, site.device)
 
 
 @dataclass(frozen=True)
@@ -223,17 +244,13 @@ def measure_units(site: Site, solver: InnerSolver, params: Tensor) -> tuple[Unit
     symmetric = Tag.symmetric in at.operator.tags
     few: LinearSolver = MINRES(rtol=None, max_steps=2) if symmetric else GMRES(rtol=None, max_steps=2)
     method = Implicit(linear_solver=few, error_estimate=None)
-    short = replace(solver, max_steps=min(PROFILED_STEPS, solver.max_steps), atol=0.0, rtol=0.0)
+    stopped = replace(solver, max_steps=1, atol=0.0, rtol=0.0)
 
     def side() -> None:
         _by_hparams(flat, params, hparams, batches)
 
-    def inner() -> None:
-        with torch.no_grad():
-            solve_inner(flat, short, site.start, hparams, batches)
-
     def theorem() -> None:
-        differentiate(method, flat, replace(short, max_steps=1), params, hparams, batches, {})
+        differentiate(method, flat, stopped, params, hparams, batches, {})
 
     theorem()
     numbers = params.numel()
@@ -245,7 +262,6 @@ def measure_units(site: Site, solver: InnerSolver, params: Tensor) -> tuple[Unit
         outer=site.clock(lambda: outer_gradients(flat, params, hparams, batches)),
         side=site.clock(side),
         graph_bytes=peak_bytes(theorem, site.device),
-        inner_bytes=peak_bytes(inner, site.device),
         side_bytes=peak_bytes(side, site.device),
         flops=_flops(params),
         num_params=numbers,
