@@ -67,6 +67,7 @@ def hypergradient_at(
             or the parts do not fit each other.
 
     Example:
+        >>> import torch
         >>> from bilevel import Problem, hypergradient_at
         >>> class Shrink(Problem):
         ...     def init_hparams(self):
