@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bilevel.constraints import Bijections
 from bilevel.errors import UsageError
 from bilevel.problem import Batches, Problem
 from bilevel.purity import Purity
 from bilevel.solvers import Objective
-from bilevel.tree import Layout, TensorDict, detach, flatten_names
+from bilevel.tree import Layout, TensorDict, flatten_names
 
 Loss = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Any], Tensor]
 Batched = Callable[[Tensor, Mapping[str, Tensor]], Tensor]  # over the tasks' leading dimension, if there is one
@@ -37,31 +36,6 @@ class Model(NamedTuple):
 def natural_hparams(problem: Problem) -> TensorDict:
     """The starting hyperparameters under their dotted names, in natural units, where the problem is."""
     return problem.place(flatten_names(problem.init_hparams()))
-
-
-def given_hparams(problem: Problem, hparams: Mapping[str, Any] | None) -> TensorDict:
-    """Hyperparameters that a user gives, nested or with dotted names, where the problem is; None for the starting ones.
-
-    Raises:
-        UsageError: they are not those of the problem, or outside their constraints.
-    """
-    declared = natural_hparams(problem)
-    if hparams is None:
-        at = declared
-    else:
-        given = problem.place(flatten_names(hparams))
-        if set(given) != set(declared):
-            raise UsageError(f"hparams were expected to be {sorted(declared)}, but are {sorted(given)}.")
-        for name, value in given.items():
-            own = declared[name]
-            if value.shape != own.shape or value.dtype != own.dtype:
-                raise UsageError(
-                    f"hyperparameter '{name}' was expected to have shape {tuple(own.shape)} and dtype {own.dtype}, but has "
-                    f"{tuple(value.shape)} and {value.dtype}."
-                )
-        at = {name: given[name] for name in declared}
-    Bijections.of(problem.constraints, list(at)).to_raw(at)  # raises where a value is outside its set
-    return detach(at)
 
 
 @dataclass(frozen=True)

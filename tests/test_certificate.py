@@ -14,7 +14,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from bilevel import Box, Positive, Problem, Simplex, check, hypergradient_at
 from bilevel.cli.main import main
 from bilevel.diagnostics import Flaw, Verdict
-from bilevel.diagnostics.checks import spectrum
+from bilevel.diagnostics.curvature import spectrum
 from bilevel.diagnostics.finding import Limits
 from bilevel.diagnostics.resolved import Measured, discrepancy
 from bilevel.diagnostics.subject import Subject
@@ -382,7 +382,7 @@ def test_extreme_eigenvalues_that_overflow_are_a_finding_and_no_traceback(monkey
         def inner_loss(self, params, hparams, batch):
             return 1e160 * super().inner_loss(params, hparams, batch)
 
-    monkeypatch.setattr("bilevel.diagnostics.checks.DENSE_LIMIT", 2)
+    monkeypatch.setattr("bilevel.diagnostics.curvature.DENSE_LIMIT", 2)
     found = check(Huge(), solver=SOLVED, hypergradient=CG).found
     assert "extreme eigenvalues" in found[Flaw.nonfinite]
 

@@ -466,7 +466,9 @@ def test_hyperparameters_out_of_reach_are_named_with_a_method_that_reaches_them(
     problem = LearnedSolver(seed=50)
     hparams = {"rate": torch.tensor(0.01), "init.w": 0.1 * torch.ones(5)}
     with pytest.raises(UsageError, match=message):
-        check_paths(method, FlatProblem.of(problem, hparams), solver, hparams, StepBatches(problem, 0))
+        check_paths(
+            method, solver, find_paths(FlatProblem.of(problem, hparams), solver, hparams, StepBatches(problem, 0))
+        )
 
 
 def test_paths_are_found_by_use_not_by_size():

@@ -681,10 +681,10 @@ def test_which_options_move_the_solution_is_what_their_solver_declares(solver):
         paths = find_paths(flat, named, hparams, StepBatches(problem, 0))["rate"]
         assert paths == ({"inner", "solver"} if moves else {"solver"}), option
         if moves:
-            check_paths(Implicit(), flat, named, hparams, StepBatches(problem, 0))
+            check_paths(Implicit(), named, find_paths(flat, named, hparams, StepBatches(problem, 0)))
             continue
         with pytest.raises(UsageError, match="'rate' gets no hypergradient from Implicit") as refused:
-            check_paths(Implicit(), flat, named, hparams, StepBatches(problem, 0))
+            check_paths(Implicit(), named, find_paths(flat, named, hparams, StepBatches(problem, 0)))
         said = (
             f"it is an option of the inner solver ({option} of {name_of(solver)}), which changes the way to a solution"
         )

@@ -507,9 +507,11 @@ def test_the_paths_of_every_hyperparameter_are_found():
         "weight": {"direct"},
     }
     for method in (Unrolled(), ForwardMode(warm_start=False)):
-        check_paths(method, flat, solver, hparams, StepBatches(problem, 0))  # they differentiate all four
+        check_paths(
+            method, solver, find_paths(flat, solver, hparams, StepBatches(problem, 0))
+        )  # they differentiate all four
     with pytest.raises(UsageError, match="gets no hypergradient from FiniteDifference"):
-        check_paths(FiniteDifference(), flat, solver, hparams, StepBatches(problem, 0))
+        check_paths(FiniteDifference(), solver, find_paths(flat, solver, hparams, StepBatches(problem, 0)))
 
 
 def test_a_hypergradient_of_zeros_is_told_but_single_zeros_are_not(recwarn):

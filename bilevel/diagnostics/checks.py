@@ -9,23 +9,18 @@ import torch
 from torch import Tensor
 
 from bilevel.diagnostics.comparisons import finite_differences, first_steps, method, stationarity
-from bilevel.diagnostics.finding import DIFFERENCE, TITLES, Flaw, Limits, Row, row
+from bilevel.diagnostics.curvature import spectrum
+from bilevel.diagnostics.finding import DIFFERENCE, TITLES, Flaw, Limits, Row, nonfinite_row, row
 from bilevel.diagnostics.resolved import pull_to_raw, raw_coordinates, raw_places
-from bilevel.diagnostics.subject import DENSE_LIMIT, Subject, relative, solve
-from bilevel.hypergradient import find_paths
+from bilevel.diagnostics.subject import Subject, relative
 from bilevel.hypergradient.method import outer_gradients
-from bilevel.linalg import LinearOperator, Tag, as_matrix, lanczos
+from bilevel.linalg import Tag
 from bilevel.linearisation import Linearisation
 from bilevel.problem import Problem
 from bilevel.purity import Fault, disturbances, randomness
-from bilevel.result import Result
 from bilevel.rng import generator, normal
 
 EXACT = 1e-8  # relative difference of numbers that are equal but for rounding, in float64
-SINGULAR = 1e-12  # least over largest eigenvalue below which a Hessian counts as singular
-NUM_LANCZOS = 80
-NUM_INVERSE = 5  # solves, by which the eigenvalues next to zero are found where the Hessian is too large for a matrix
-INVERSE_ERROR = 1e-6  # of the inverse's eigenvalues: far above what accurate solves leave
 KINK = 1e-6  # length of the steps to either side of the solution, relative to its size
 SHORTER = 0.1  # factor of a second length, at which a jump shows
 DATA_DRAWS = ("randint", "randperm", "multinomial")  # what draws indices, not noise
@@ -60,15 +55,14 @@ def one_function(subject: Subject, limits: Limits) -> Row:
 
 def paths(subject: Subject, limits: Limits) -> Row:
     """Which hyperparameters reach the outer loss, and whether the method reaches them."""
-    found = find_paths(subject.flat, subject.solver, subject.hparams, subject.batches)
     covered = subject.method.paths - ({"initial"} if subject.method.warm_start else set())
     flaws = []
-    for name, ways in found.items():
+    for name, ways in subject.paths.items():
         if not ways & covered:
             where = f"only by the paths {', '.join(sorted(ways))}" if ways else "by no path at all"
             flaws.append((Flaw.disconnected_hyperparameter, f"'{name}' reaches the outer loss {where}"))
-    connected = len(found) - len(flaws)
-    return Row(TITLES["paths"], f"{connected} of {len(found)}", "all", tuple(flaws))
+    connected = len(subject.paths) - len(flaws)
+    return Row(TITLES["paths"], f"{connected} of {len(subject.paths)}", "all", tuple(flaws))
 
 
 def finite(subject: Subject, limits: Limits) -> Row:
@@ -78,7 +72,7 @@ def finite(subject: Subject, limits: Limits) -> Row:
     """
     broken = _broken(subject, subject.at_own, "where the inner solve ends")
     broken = broken or _broken(subject, subject.at_refined, "at the refined solution")
-    return _finite_row("finite", broken)
+    return nonfinite_row("finite", broken)
 
 
 def _broken(subject: Subject, at: Linearisation, where: str) -> list[str]:
@@ -110,12 +104,6 @@ def _broken(subject: Subject, at: Linearisation, where: str) -> list[str]:
         if found:
             return found
     return []
-
-
-def _finite_row(check: str, broken: list[str]) -> Row:
-    """A row of what is not finite."""
-    flaws = tuple((Flaw.nonfinite, said) for said in broken)
-    return Row(TITLES[check], f"{len(broken)} not finite" if broken else "yes", "yes", flaws)
 
 
 def optimality_and_loss(subject: Subject, limits: Limits) -> Row:
@@ -227,48 +215,6 @@ def adjoint(subject: Subject, limits: Limits) -> Row:
     return row(TITLES["adjoint"], worst, DIFFERENCE, flaw, said)
 
 
-def spectrum(subject: Subject, limits: Limits) -> Row:
-    """Extreme eigenvalues of the Hessian, or singular values of the Jacobian: definiteness and conditioning."""
-    operator = subject.at_refined.operator
-    n, is_hessian = operator.shape[0], Tag.symmetric in operator.tags
-    if n <= DENSE_LIMIT:
-        matrix = as_matrix(operator)
-        if not bool(matrix.isfinite().all()):  # the eigensolver would raise
-            return _finite_row("spectrum", ["the matrix of products with unit vectors is not finite at the solution"])
-        values = torch.linalg.eigvalsh((matrix + matrix.mT) / 2) if is_hessian else torch.linalg.svdvals(matrix)
-        smallest, largest = values.amin(-1), values.amax(-1)
-        least, solved = values.abs().amin(-1), True
-    else:
-        if not is_hessian:
-            operator = operator.transpose() @ operator
-            operator.tags = operator.tags | {Tag.symmetric}
-        ritz = lanczos(operator, NUM_LANCZOS, subject.seed)
-        inverse = _Inverse(subject.at_refined)
-        near_zero = lanczos(inverse, NUM_INVERSE, subject.seed)
-        least = 1.0 / torch.maximum(near_zero.smallest.abs(), near_zero.largest.abs()).clamp(min=1e-300)
-        least = torch.where(inverse.met(Result.singular), 0.0, least.nan_to_num(0.0))
-        # The inverse's most negative eigenvalue is that of the Hessian next to zero, which its own Krylov space may not show.
-        solved = bool(inverse.met(Result.converged).all())
-        below = inverse.met(Result.converged) & (near_zero.smallest < -INVERSE_ERROR / least)
-        smallest = torch.where(below, torch.minimum(ritz.smallest, 1.0 / near_zero.smallest), ritz.smallest)
-        largest = ritz.largest
-        if not is_hessian:
-            smallest, largest, least = (value.clamp(min=0).sqrt() for value in (smallest, largest, least))
-    size = torch.maximum(smallest.abs(), largest.abs())
-    if not bool(size.isfinite().all()):
-        return _finite_row("spectrum", ["the extreme eigenvalues of a Krylov space are not finite at the solution"])
-    worst = int((least / size).flatten().argmin())
-    low, high, ratio = (float(v.flatten()[worst]) for v in (smallest, largest, size / least.clamp(min=1e-300)))
-    kind, about = "eigenvalues" if is_hessian else "singular values", "" if solved else "at least "
-    figure = f"{kind} from {low:.3g} to {high:.3g}, condition {about}{ratio:.2g}"
-    flaws: tuple[tuple[Flaw, str], ...] = ()
-    if bool((least <= SINGULAR * size).any()) or not float(size.max()) > 0:
-        flaws = ((Flaw.singular_hessian, f"least eigenvalue in size {float(least.min()):.2g}, largest {high:.2g}"),)
-    elif is_hessian and bool((smallest < -SINGULAR * size).any()):
-        flaws = ((Flaw.indefinite_hessian, f"least eigenvalue {float(smallest.min()):.3g}, largest {high:.3g}"),)
-    return Row(TITLES["spectrum"], figure, "positive definite" if is_hessian else "invertible", flaws)
-
-
 CHECKS: tuple[Check, ...] = (
     paths,
     finite,
@@ -295,30 +241,3 @@ def _size(at: Linearisation) -> float:
     """A scale of the operator, from one product."""
     vector = torch.ones_like(at.params) / at.params.shape[-1] ** 0.5
     return float(at.operator.mv(vector).norm(dim=-1).max())
-
-
-class _Inverse(LinearOperator):
-    """The inverse of a Hessian by accurate solves, or that of the square `A^T A` of a Jacobian; remembers how they ended."""
-
-    def __init__(self, at: Linearisation) -> None:
-        of = at.operator
-        self.shape, self.batch_shape, self.dtype, self.device = of.shape, of.batch_shape, of.dtype, of.device
-        self.tags, self._at, self._is_hessian = frozenset({Tag.symmetric}), at, Tag.symmetric in of.tags
-        self._results: list[Tensor] = []
-
-    def mv(self, vector: Tensor) -> Tensor:
-        """`A^{-1} v`, or `A^{-1} A^{-T} v`."""
-        for transposed in (False,) if self._is_hessian else (True, False):
-            solution = solve(self._at, vector, transposed=transposed)
-            self._results.append(solution.result)
-            vector = solution.value
-        return vector
-
-    def transpose(self) -> LinearOperator:
-        """Itself."""
-        return self
-
-    def met(self, result: Result) -> Tensor:
-        """The systems of which all solves ended so, if well; or any did, if not; `(*batch,)`."""
-        ended = torch.stack(self._results) == result.code
-        return ended.all(0) if result.successful else ended.any(0)

@@ -110,3 +110,9 @@ class Limits:
 def row(check: str, figure: float, limit: float, flaw: Flaw, said: str) -> Row:
     """A check of one figure against its limit, with the flaw and its sentence where that is exceeded."""
     return Row(check, f"{figure:.2g}", f"<= {limit:g}", () if figure <= limit else ((flaw, said),))
+
+
+def nonfinite_row(check: str, broken: list[str]) -> Row:
+    """A row of what is not finite."""
+    flaws = tuple((Flaw.nonfinite, said) for said in broken)
+    return Row(TITLES[check], f"{len(broken)} not finite" if broken else "yes", "yes", flaws)

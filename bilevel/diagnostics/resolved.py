@@ -74,13 +74,14 @@ def _along_one(length: float, slope: Tensor) -> float:
 def raw_coordinates(subject: Subject) -> tuple[Tensor, Callable[[Tensor], TensorDict]]:
     """The raw hyperparameters as one vector, and the way from there to natural ones."""
     raw = {name: value.detach() for name, value in subject.bijections.to_raw(subject.hparams).items()}
-    names, sizes = list(raw), [value.numel() for value in raw.values()]
+    places = raw_places(subject)
 
     def natural(point: Tensor) -> TensorDict:
-        parts = dict(zip(names, point.split(sizes), strict=True))
-        return subject.bijections.to_natural({name: part.reshape(raw[name].shape) for name, part in parts.items()})
+        return subject.bijections.to_natural(
+            {name: point[places[name]].reshape(value.shape) for name, value in raw.items()}
+        )
 
-    return torch.cat([raw[name].flatten() for name in names]), natural
+    return torch.cat([value.flatten() for value in raw.values()]), natural
 
 
 def raw_places(subject: Subject) -> dict[str, slice]:

@@ -14,10 +14,10 @@ from torch import Tensor
 from bilevel.constraints import Bijections
 from bilevel.diagnostics.resolved import Measured, directional_derivatives, pull_to_raw
 from bilevel.errors import UsageError
-from bilevel.flat import FlatProblem, StepBatches, given_hparams
-from bilevel.hypergradient import HypergradientMethod, find_paths
+from bilevel.flat import FlatProblem, StepBatches
+from bilevel.hypergradient import HypergradientMethod
 from bilevel.hypergradient.method import outer_gradients, solve_inner
-from bilevel.hypergradient.trial import blaming, first_look, starting_hparams
+from bilevel.hypergradient.trial import first_look, given_hparams
 from bilevel.linalg import GMRES, MINRES, DenseLU, Tag
 from bilevel.linearisation import Linearisation, linearise
 from bilevel.problem import Problem
@@ -44,6 +44,7 @@ class Subject:
         hparams: natural units.
         flat: the problem between vectors.
         batches: of outer step 0.
+        paths: of each hyperparameter to the outer loss.
         seed: of random directions.
     """
 
@@ -53,6 +54,7 @@ class Subject:
     hparams: TensorDict
     flat: FlatProblem
     batches: StepBatches
+    paths: dict[str, set[str]]
     seed: int = 0
 
     @classmethod
@@ -70,10 +72,9 @@ class Subject:
             UsageError: a function of the problem fails, or the parts do not fit each other.
         """
         twin = copy.deepcopy(problem).to(dtype=torch.float64)
-        starting_hparams(twin)
         at = given_hparams(twin, hparams)
         try:
-            flat, solver, start, batches = first_look(twin, solver, method, at)
+            flat, solver, _, batches, ways = first_look(twin, solver, method, at)
         except UsageError as error:
             if "dtype" not in str(error.__cause__):
                 raise
@@ -81,10 +82,7 @@ class Subject:
                 f"{error} A certificate is made in float64, whatever the problem's own: hold tensors as attributes, which are "
                 "moved, or make them in the dtype of params."
             ) from error.__cause__
-        given = {"params": flat.unravel(start), "hparams": at}
-        with flat.purity.rehearsal(), blaming(twin, "inner_loss or outer_loss, differentiated,", **given):
-            find_paths(flat, solver, at, batches)
-        return cls(twin, solver, method, at, flat, batches, seed)
+        return cls(twin, solver, method, at, flat, batches, ways, seed)
 
     @cached_property
     def bijections(self) -> Bijections:

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from bilevel.flat import given_hparams
 from bilevel.hypergradient.implicit import Implicit
 from bilevel.hypergradient.method import HypergradientMethod, differentiate, start_method
 from bilevel.hypergradient.paths import check_not_all_zero, check_paths
-from bilevel.hypergradient.trial import blaming, check_arguments, first_look, report_impurities, starting_hparams
+from bilevel.hypergradient.trial import check_arguments, first_look, given_hparams, report_impurities
 from bilevel.problem import Problem
 from bilevel.receipt import Receipt
 from bilevel.solvers import LBFGS, GradientDescent, InnerSolver
@@ -85,12 +84,9 @@ def hypergradient_at(
     method = Implicit() if method is None else method
     solver = default_solver(problem) if solver is None else solver
     check_arguments(problem, solver, method)
-    starting_hparams(problem)
     at = given_hparams(problem, hparams)
-    flat, solver, start, batches = first_look(problem, solver, method, at, step)
-    given = {"params": flat.unravel(start), "hparams": at}
-    with flat.purity.rehearsal(), blaming(problem, "inner_loss or outer_loss, differentiated,", **given):
-        check_paths(method, flat, solver, at, batches)
+    flat, solver, start, batches, paths = first_look(problem, solver, method, at, step)
+    check_paths(method, solver, paths)
     report_impurities(flat, start, at, batches)
     result = differentiate(method, flat, solver, start, at, batches, start_method(method, flat, solver, start, at))
     if all(bool(value.isfinite().all()) for value in result.gradient.values()):

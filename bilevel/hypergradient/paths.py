@@ -97,20 +97,19 @@ def _check_finite(values: Tensor) -> None:
         )
 
 
-def check_paths(
-    method: HypergradientMethod,
-    problem: FlatProblem,
-    solver: InnerSolver,
-    hparams: Mapping[str, Tensor],
-    batches: StepBatches,
-) -> None:
+def check_paths(method: HypergradientMethod, solver: InnerSolver, found: Mapping[str, set[str]]) -> None:
     """Refuse hyperparameters that would get a silent zero.
+
+    Args:
+        method: of which some paths are those it differentiates.
+        solver: whose options may name hyperparameters.
+        found: from `find_paths`.
 
     Raises:
         UsageError: names the hyperparameter, why the method gives it no gradient, and a method that would.
     """
     covered = method.paths - ({"initial"} if method.warm_start else set())
-    for name, paths in find_paths(problem, solver, hparams, batches).items():
+    for name, paths in found.items():
         if paths & covered:
             continue
         if not paths:

@@ -15,14 +15,16 @@ import torch
 from torch import Tensor
 
 from bilevel.broadcast import Broadcast
+from bilevel.constraints import Bijections
 from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem, StepBatches, named_parts, natural_hparams
 from bilevel.hypergradient.method import HypergradientMethod
+from bilevel.hypergradient.paths import find_paths
 from bilevel.problem import Problem
 from bilevel.purity import disturbances
 from bilevel.solvers import InnerSolver
 from bilevel.solvers.options import bind
-from bilevel.tree import TensorDict, detach
+from bilevel.tree import TensorDict, detach, flatten_names
 
 _MISTAKES = (RuntimeError, ValueError, LookupError, TypeError, AttributeError)
 _TORCH = Path(torch.__file__).parent
@@ -54,18 +56,19 @@ def blaming(problem: Problem, function: str, **given: Any) -> Iterator[None]:
 
 
 class FirstLook(NamedTuple):
-    """A problem between vectors, all of whose functions have been called once."""
+    """A problem between vectors, all of whose functions have been called once and differentiated."""
 
     flat: FlatProblem
     solver: InnerSolver  # its options fitted to the problem
     start: Tensor
     batches: StepBatches
+    paths: dict[str, set[str]]  # from each hyperparameter to the outer loss
 
 
 def first_look(
     problem: Problem, solver: InnerSolver, method: HypergradientMethod, hparams: Mapping[str, Tensor], step: int = 0
 ) -> FirstLook:
-    """Call the problem's functions once, and fit the parts to it.
+    """Call the problem's functions once, differentiate them, and fit the parts to the problem.
 
     Args:
         problem: the user's.
@@ -90,7 +93,10 @@ def first_look(
     solver, batches = bind_solver(solver, flat, hparams), StepBatches(problem, step)
     with flat.purity.rehearsal():
         try_losses(flat, start, hparams, batches)
-    return FirstLook(flat, solver, start, batches)
+    given = {"params": flat.unravel(start), "hparams": hparams}
+    with flat.purity.rehearsal(), blaming(problem, "inner_loss or outer_loss, differentiated,", **given):
+        paths = find_paths(flat, solver, hparams, batches)
+    return FirstLook(flat, solver, start, batches, paths)
 
 
 def starting_hparams(problem: Problem) -> TensorDict:
@@ -109,6 +115,32 @@ def starting_hparams(problem: Problem) -> TensorDict:
         if not value.is_floating_point():
             raise UsageError(f"hyperparameter '{name}' was expected to be floating-point, but is {value.dtype}.")
     return natural
+
+
+def given_hparams(problem: Problem, hparams: Mapping[str, Any] | None) -> TensorDict:
+    """Hyperparameters that a user gives, nested or with dotted names, where the problem is; None for the starting ones.
+
+    Raises:
+        UsageError: they are not those of the problem, or outside their constraints; or its own are none, see
+            `starting_hparams`.
+    """
+    declared = starting_hparams(problem)
+    if hparams is None:
+        at = declared
+    else:
+        given = problem.place(flatten_names(hparams))
+        if set(given) != set(declared):
+            raise UsageError(f"hparams were expected to be {sorted(declared)}, but are {sorted(given)}.")
+        for name, value in given.items():
+            own = declared[name]
+            if value.shape != own.shape or value.dtype != own.dtype:
+                raise UsageError(
+                    f"hyperparameter '{name}' was expected to have shape {tuple(own.shape)} and dtype {own.dtype}, but has "
+                    f"{tuple(value.shape)} and {value.dtype}."
+                )
+        at = {name: given[name] for name in declared}
+    Bijections.of(problem.constraints, list(at)).to_raw(at)  # raises where a value is outside its set
+    return detach(at)
 
 
 def _check_num_tasks(problem: Problem) -> None:

@@ -13,7 +13,7 @@ from bilevel.constraints import Bijections
 from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem
 from bilevel.hypergradient import HypergradientMethod, check_paths, start_method
-from bilevel.hypergradient.trial import blaming, check_arguments, first_look, report_impurities, starting_hparams
+from bilevel.hypergradient.trial import check_arguments, first_look, report_impurities, starting_hparams
 from bilevel.problem import Problem
 from bilevel.solvers import InnerSolver
 from bilevel.trainer.optimizer import OptimizerFactory, OuterOptimizer, SchedulerFactory
@@ -56,11 +56,9 @@ def set_up(
     raw = {name: value.clone().requires_grad_() for name, value in bijections.to_raw(natural).items()}
     with torch.no_grad():
         natural = bijections.to_natural(raw)
-    flat, solver, params, batches = first_look(problem, solver, method, natural)
+    flat, solver, params, batches, paths = first_look(problem, solver, method, natural)
     report_impurities(flat, params, natural, batches)
-    given = {"params": flat.unravel(params), "hparams": natural}
-    with flat.purity.rehearsal(), blaming(problem, "inner_loss or outer_loss, differentiated,", **given):
-        check_paths(method, flat, solver, natural, batches)
+    check_paths(method, solver, paths)
     state = TrainState(
         step=0,
         params=params,
