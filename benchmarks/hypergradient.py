@@ -91,10 +91,10 @@ def floor(rows: int, params: TensorDict, num_products: int) -> Hypergradient:
 
 def _fastest(left: Tensor, right: Tensor) -> Callable[[], Tensor]:
     """The product in the way that compiled products make it."""
-    if is_narrow(left, right):
-        return partial(torch.mm, right.T, left.T)
     if prefers_onednn() and left.device.type == "cpu" and is_large(left, right):
         return partial(linear, left.contiguous(), right.T.contiguous())
+    if is_narrow(left, right):
+        return partial(torch.mm, right.T, left.T)
     return partial(torch.mm, left, right)
 
 

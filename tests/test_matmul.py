@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch._inductor import mkldnn_ir
+from torch._inductor.utils import fresh_cache
 
 import bilevel.linalg.matmul as module
 from bilevel.linalg.compiled import CompiledDerivatives
@@ -15,6 +17,10 @@ ZEN4 = {"cpu_name": "AMD EPYC", "avx512_f": True}
 
 def randn(*shape, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64).to(dtype)
+
+
+def single(*shape):
+    return randn(*shape, dtype=torch.float32)
 
 
 def arranged(function, *example):
@@ -67,15 +73,19 @@ def test_a_view_of_a_turned_product_stays_possible():
 @pytest.mark.parametrize(
     ("left", "right", "taken"),
     [
-        (randn(40, 20, dtype=torch.float32), randn(20, 30, dtype=torch.float32), True),
-        (randn(40, 20, dtype=torch.float32), randn(30, 20, dtype=torch.float32).T, True),
-        (randn(20, 40, dtype=torch.float32).T, randn(20, 30, dtype=torch.float32), False),  # a copy would cost too much
-        (randn(20, 600, dtype=torch.float32).T, randn(20, 520, dtype=torch.float32), True),
-        (randn(40, 20, dtype=torch.float32), randn(20, 3, dtype=torch.float32), False),  # narrow
-        (randn(40, 20), randn(20, 30), False),  # oneDNN has no float64
+        (single(40, 20), single(30, 20).T, True),
+        (single(40, 20), single(20, 30), False),  # a copy would cost too much
+        (single(520, 20), single(20, 30), True),
+        (single(20, 40).T, single(30, 20).T, False),
+        (single(20, 40).T, single(520, 20).T, True),
+        (single(20, 600).T, single(20, 520), True),
+        (single(40, 20), single(3, 20).T, True),
+        (single(600, 20), single(20, 3), True),
+        (randn(40, 20), randn(30, 20).T, False),  # oneDNN has no float64
     ],
-    ids=["by rows", "by columns", "left by columns", "left by columns, wide", "narrow", "float64"],
-)
+    ids=["as wanted", "right by rows", "right by rows, many rows", "left by columns", "left by columns, many columns",
+         "both", "narrow", "narrow, right by rows", "float64"],
+)  # fmt: skip
 def test_large_products_are_those_of_onednn(left, right, taken, onednn):
     graph, names = arranged(torch.mm, left, right)
     assert ("bilevel.linear.default" in names) is taken
@@ -87,23 +97,20 @@ def test_large_products_are_those_of_onednn(left, right, taken, onednn):
 @pytest.mark.parametrize(
     ("function", "bias", "right", "taken"),
     [
-        (torch.addmm, randn(30, dtype=torch.float32), randn(20, 30, dtype=torch.float32), True),
-        (torch.addmm, randn(60, dtype=torch.float32)[::2], randn(30, 20, dtype=torch.float32).T, True),
-        (torch.addmm, randn(1, dtype=torch.float32).expand(30), randn(20, 30, dtype=torch.float32), True),
-        (torch.addmm, randn(1, dtype=torch.float32), randn(20, 30, dtype=torch.float32), False),
-        (torch.addmm, randn(40, 30, dtype=torch.float32), randn(20, 30, dtype=torch.float32), False),
-        (torch.addmm, randn(3, dtype=torch.float32), randn(20, 3, dtype=torch.float32), False),
-        (
-            lambda bias, *factors: torch.addmm(bias, *factors, beta=2.0),
-            randn(30, dtype=torch.float32),
-            randn(20, 30, dtype=torch.float32),
-            False,
-        ),
+        (torch.addmm, single(30), single(30, 20).T, True),
+        (torch.addmm, single(60)[::2], single(30, 20).T, True),
+        (torch.addmm, single(1).expand(30), single(30, 20).T, True),
+        (torch.addmm, single(1), single(30, 20).T, False),
+        (torch.addmm, single(40, 30), single(30, 20).T, False),
+        (torch.addmm, single(3), single(3, 20).T, True),
+        (torch.addmm, single(3), single(20, 3), False),
+        (lambda bias, *factors: torch.addmm(bias, *factors, beta=2.0), single(30), single(30, 20).T, False),
     ],
-    ids=["vector", "every second number", "one number, spread", "one number", "matrix", "narrow", "scaled"],
-)
+    ids=["vector", "every second number", "one number, spread", "one number", "matrix", "narrow", "narrow, by rows",
+         "scaled"],
+)  # fmt: skip
 def test_large_layers_are_those_of_onednn(function, bias, right, taken, onednn):
-    left = randn(40, 20, dtype=torch.float32)
+    left = single(40, 20)
     graph, names = arranged(function, bias, left, right)
     assert ("bilevel.linear.default" in names) is taken
     torch.testing.assert_close(graph(bias, left, right)[0], function(bias, left, right), rtol=1e-5, atol=1e-5)
@@ -111,7 +118,7 @@ def test_large_layers_are_those_of_onednn(function, bias, right, taken, onednn):
 
 def test_small_products_are_left_alone(monkeypatch):
     monkeypatch.setattr(module, "prefers_onednn", lambda: True)
-    assert arranged(torch.mm, *(randn(40, 40, dtype=torch.float32) for _ in range(2)))[1] == ["aten.mm.default"]
+    assert arranged(torch.mm, single(40, 40), single(40, 40))[1] == ["aten.mm.default"]
 
 
 @has_onednn
@@ -123,7 +130,15 @@ def test_the_operation_is_known_to_the_compiler():
 
 
 @has_onednn
-def test_compiled_products_of_onednn_are_the_eager_ones(onednn):
+@pytest.mark.parametrize("known", [True, False], ids=["compiler as known", "another compiler"])
+def test_compiled_products_of_onednn_are_the_eager_ones(known, onednn, monkeypatch):
+    asked, create = [], mkldnn_ir.LinearUnary.create
+
+    def counted(*args):
+        asked.append(args)
+        return create(*args) if known else create(*args, "an argument more")
+
+    monkeypatch.setattr(mkldnn_ir.LinearUnary, "create", counted)
     inputs, labels = randn(50, 24, dtype=torch.float32), torch.arange(50) % 3
 
     def loss(x, args, data):
@@ -134,8 +149,9 @@ def test_compiled_products_of_onednn_are_the_eager_ones(onednn):
 
     point = 0.3 * randn(24 * 40 + 40 * 20 + 20 * 3, dtype=torch.float32)
     args, vector = {"decay": torch.tensor(0.1)}, randn(len(point), dtype=torch.float32)
-    found, expected = CompiledDerivatives().at(loss, point, args), differentiate(loss, point, args)
-    assert found.fallback is None
+    with fresh_cache():
+        found, expected = CompiledDerivatives().at(loss, point, args), differentiate(loss, point, args)
+    assert found.fallback is None and asked
     torch.testing.assert_close(found.operator.mv(vector), expected.operator.mv(vector), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.mixed(vector), expected.mixed(vector), rtol=1e-4, atol=1e-5)
 
