@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -133,6 +134,23 @@ def interleaved(
                 end = time.perf_counter()
             seconds[name].append(end - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def in_fresh_processes(number: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Results of a module's function in so many processes, one after the other, each new and alone.
+
+    Where a process happens to have its tensors in memory stays for its life, and moves its times by several per cent.
+
+    Args:
+        number: of processes.
+        function: called once in each.
+        args: of the function; they and the result can be pickled.
+    """
+    results = []
+    for _ in range(number):
+        with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, [torch.get_num_threads()]) as process:
+            results.append(process.apply(function, args))
+    return results
 
 
 @contextmanager
