@@ -17,7 +17,8 @@ from bilevel.diagnostics.candidates import MEASURED, candidates
 from bilevel.diagnostics.cost import NOTHING, Cost, Units
 from bilevel.diagnostics.forecast import Budget, Forecast, recommend
 from bilevel.diagnostics.pilot import Job, Pilot, rehearse
-from bilevel.diagnostics.trials import InnerTrial, Site, measure_units, try_inner
+from bilevel.diagnostics.trials import InnerTrial, Site, try_inner
+from bilevel.diagnostics.units import measure_units
 from bilevel.errors import ConvergenceWarning, UsageError
 from bilevel.flat import StepBatches, natural_hparams
 from bilevel.hypergradient import FixedAccuracy, HypergradientMethod, Implicit, default_solver

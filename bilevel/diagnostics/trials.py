@@ -1,10 +1,9 @@
-"""What the planner measures of a problem: unit costs, an inner solve, linear solves, a few recorded steps."""
+"""What the planner tries on a problem: an inner solve, linear solves, a few recorded steps."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,16 +22,14 @@ from bilevel.hypergradient import (
     differentiate,
     start_method,
 )
-from bilevel.hypergradient.method import outer_gradients, solve_inner
-from bilevel.linalg import GMRES, MINRES, AutoSolver, LinearSolver, Tag
+from bilevel.hypergradient.method import solve_inner
+from bilevel.linalg import AutoSolver
 from bilevel.linalg.iterative import IterativeSolver
-from bilevel.linearisation import inner_value, leaves, linearise
 from bilevel.result import Result
 from bilevel.solvers import InnerResult, InnerSolver
 from bilevel.solvers.loop import exhausted
 from bilevel.tree import TensorDict
 
-BLOCK = 512  # rows of the matrix whose factorisation is timed
 PROFILED_STEPS = 2  # inner steps beyond those that fill a solver's memory
 PROFILED_PRODUCTS = 250  # more than an error estimate remembers
 FEW, MANY = 2, 6  # recorded steps
@@ -228,67 +225,6 @@ def _reach(made: int, residual: float, rtol: float, max_steps: int) -> float:
     if not 0 < residual < 1:
         return float(max_steps)
     return min(made * math.log(rtol) / math.log(residual), float(max_steps))
-
-
-def measure_units(site: Site, solver: InnerSolver, params: Tensor) -> tuple[Units, bool]:
-    """Unit costs at a point, usually an inner solution, and whether products are symmetric there."""
-    flat, hparams, batches = site.flat, site.hparams, site.batches
-    objective = flat.objective(batches.curvature)
-    at = linearise(flat, solver, params, hparams, batches.curvature)
-    _, vector, _ = outer_gradients(flat, params, hparams, batches)
-
-    def gradient() -> None:
-        with torch.no_grad():
-            objective.gradient(params, hparams)
-
-    symmetric = Tag.symmetric in at.operator.tags
-    few: LinearSolver = MINRES(rtol=None, max_steps=2) if symmetric else GMRES(rtol=None, max_steps=2)
-    method = Implicit(linear_solver=few, error_estimate=None)
-    stopped = replace(solver, max_steps=1, atol=0.0, rtol=0.0)
-
-    def side() -> None:
-        _by_hparams(flat, params, hparams, batches)
-
-    def theorem() -> None:
-        differentiate(method, flat, stopped, params, hparams, batches, {})
-
-    theorem()
-    numbers = params.numel()
-    units = Units(
-        gradient=site.clock(gradient),
-        product=site.clock(lambda: at.operator.transpose().mv(vector)),
-        linearise=site.clock(lambda: linearise(flat, solver, params, hparams, batches.curvature)),
-        mixed=site.clock(lambda: at.mixed(vector)),
-        outer=site.clock(lambda: outer_gradients(flat, params, hparams, batches)),
-        side=site.clock(side),
-        graph_bytes=peak_bytes(theorem, site.device),
-        side_bytes=peak_bytes(side, site.device),
-        flops=_flops(params),
-        num_params=numbers,
-        num_unknowns=params.shape[-1],
-        itemsize=params.element_size(),
-    )
-    return units, symmetric
-
-
-def _by_hparams(flat: FlatProblem, params: Tensor, hparams: Mapping[str, Tensor], batches: StepBatches) -> None:
-    """A gradient of the inner loss with respect to the hyperparameters, where there is a loss."""
-    objective = flat.objective(batches.curvature)
-    if objective.loss is None:
-        inner_value(flat, params, hparams, batches.curvature)
-        return
-    with torch.enable_grad():
-        at = leaves(hparams)
-        value = objective.loss(params.detach(), at).sum()
-        if value.requires_grad:
-            torch.autograd.grad(value, list(at.values()), materialize_grads=True)
-
-
-def _flops(like: Tensor) -> float:
-    """Of a Cholesky factorisation, `n³ / 3` operations."""
-    size = min(BLOCK, like.shape[-1])
-    matrix = torch.eye(size, dtype=like.dtype, device=like.device)
-    return size**3 / 3 / max(seconds_of(lambda: torch.linalg.cholesky_ex(matrix), like.device, repeats=3), 1e-9)
 
 
 def try_recorded(site: Site, method: HypergradientMethod, solver: InnerSolver) -> Recorded:
