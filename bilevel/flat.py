@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from bilevel.errors import UsageError
 from bilevel.problem import Batches, Problem
 from bilevel.purity import Purity
-from bilevel.solvers import Objective
+from bilevel.solvers import Anchored, Objective
 from bilevel.tree import Layout, TensorDict, flatten_names
 
 Loss = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Any], Tensor]
@@ -46,11 +48,13 @@ class FlatProblem:
         problem: what the user wrote.
         layout: names and shapes of one task's parameters.
         purity: keeps the problem's functions fixed inside a solve.
+        looped: whether tasks are evaluated one after the other: where a function of the problem cannot run under `vmap`.
     """
 
     problem: Problem
     layout: Layout
     purity: Purity = field(repr=False, compare=False)
+    looped: bool = False
 
     @classmethod
     def of(cls, problem: Problem, hparams: Mapping[str, Tensor]) -> FlatProblem:
@@ -62,6 +66,11 @@ class FlatProblem:
     def num_batch(self) -> int:
         """Leading dimensions of `params`: 1 with tasks, else 0."""
         return 0 if self.problem.num_tasks is None else 1
+
+    @property
+    def is_comparable(self) -> bool:
+        """Whether outer losses of different steps are those of the same data; else the latest step counts as the best."""
+        return self.problem.episodes is None and self.problem.outer_batches is None
 
     def start(self, hparams: Mapping[str, Tensor]) -> Tensor:
         """The starting point, differentiable in the hyperparameters; the same for every task."""
@@ -91,8 +100,45 @@ class FlatProblem:
         return Objective(optimality=self._over_tasks(residual, "optimality", "inner_batches", batch, is_scalar=False))
 
     def loss_objective(self, batch: Any) -> Objective:
-        """The problem's `inner_loss` on a batch, also where it has an `optimality` besides."""
-        return Objective(loss=self._over_tasks(self.problem.inner_loss, "inner_loss", "inner_batches", batch))
+        """The problem's `inner_loss` and anchor on a batch, also where it has an `optimality` besides."""
+        loss = self._over_tasks(self.problem.inner_loss, "inner_loss", "inner_batches", batch)
+        if not hasattr(self.problem, "anchor"):
+            return Objective(loss=loss)
+        anchored = Anchored(loss, self._anchor)
+        return Objective(lambda x, hparams: loss(x, hparams) + anchored.value(x, hparams), anchored=anchored)
+
+    def in_parts(self, params: Tensor, batch: Any) -> Iterator[tuple[FlatProblem, Tensor, Any]]:
+        """The problem, its params and a batch, cut into as many tasks at a time as the problem's `tasks_at_once` says."""
+        number, size = self.problem.num_tasks, self.problem.tasks_at_once
+        if number is None or size is None or size >= number:
+            yield self, params, batch
+            return
+        for begin in range(0, number, size):
+            tasks = slice(begin, begin + size)
+            yield self.with_tasks(len(params[tasks])), params[tasks], take(batch, tasks)
+
+    def with_tasks(self, num_tasks: int) -> FlatProblem:
+        """The same problem for another number of tasks."""
+        problem = copy.copy(self.problem)
+        problem.num_tasks = num_tasks
+        return replace(self, problem=problem)
+
+    def _anchor(self, hparams: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Strength and centre of the problem's anchor as plain vectors."""
+        name = type(self.problem).__name__
+        try:
+            strength, centre = self.problem.anchor(hparams)  # type: ignore[attr-defined]
+            flat = self.layout.ravel(flatten_names(centre))
+            if isinstance(strength, Mapping):
+                shapes = dict(zip(self.layout.names, self.layout.shapes, strict=True))
+                strength = self.layout.ravel({key: value.expand(shapes[key]) for key, value in strength.items()})
+        except (UsageError, TypeError, ValueError, KeyError, RuntimeError) as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise UsageError(
+                f"{name}.anchor was expected to return a pair of strength (a number, or a dictionary like params) and centre "
+                f"(a dictionary like params): {reason}."
+            ) from error
+        return torch.as_tensor(strength, dtype=flat.dtype, device=flat.device), flat
 
     def outer_loss(self, params: Tensor, hparams: Mapping[str, Tensor], batch: Any) -> Tensor:
         """Outer loss of each task, `(*batch,)`; raises `UsageError` as `objective` does."""
@@ -128,23 +174,36 @@ class FlatProblem:
             value: Tensor = output_loss(flat.reshape(shape), h, data)
             return value.mean()
 
-        penalty = getattr(problem, "penalty", None)
         return Model(
             outputs=self._tasks(flat_outputs, "inner_loss", "inner_batches", batch),
             output_loss=self._tasks(mean_loss, "output_loss", "inner_batches", batch),
-            penalty=None
-            if penalty is None
-            else self._tasks(lambda x, h, data: penalty(self.layout.unravel(x), h), "penalty", "inner_batches", batch),
+            penalty=self._penalty(batch),
         )
+
+    def _penalty(self, batch: Any) -> Batched | None:
+        """Everything in the inner loss that is no loss of outputs: penalty and anchor."""
+        penalty = getattr(self.problem, "penalty", None)
+        own: Batched | None = None
+        if penalty is not None:
+            own = self._tasks(lambda x, h, data: penalty(self.layout.unravel(x), h), "penalty", "inner_batches", batch)
+        if not hasattr(self.problem, "anchor"):
+            return own
+        rest = own or (lambda x, hparams: x.new_zeros(x.shape[:-1]))
+        anchored = Anchored(rest, self._anchor)
+        return lambda x, hparams: rest(x, hparams) + anchored.value(x, hparams)
 
     def _over_tasks(self, function: Loss, name: str, source: str, batch: Any, *, is_scalar: bool = True) -> Batched:
         def single(x: Tensor, hparams: Mapping[str, Tensor], data: Any) -> Tensor:
             value = function(self.layout.unravel(x), hparams, data)
-            if is_scalar and (not isinstance(value, Tensor) or value.ndim != 0):
+            if is_scalar and (not isinstance(value, Tensor) or value.shape != x.shape[:-1]):
                 shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                wanted = (
+                    f"a tensor {tuple(x.shape[:-1])}, a scalar for each task,"
+                    if x.ndim > 1
+                    else "a scalar tensor for one task,"
+                )
                 raise UsageError(
-                    f"{name} was expected to return a scalar tensor for one task, but returned {shape}: "
-                    "take the mean or the sum."
+                    f"{name} was expected to return {wanted} but returned {shape}: take the mean or the sum."
                 )
             return value
 
@@ -157,8 +216,13 @@ class FlatProblem:
         frozen = self.purity.freeze(single, name)
         if self.problem.num_tasks is None:
             return lambda x, hparams: frozen(x, hparams, batch)
+        source = source if self.problem.episodes is None else "episodes"
         if batch is not None:
             _check_tasks(batch, self.problem.num_tasks, source)
+        if self.problem.handles_tasks:
+            return lambda x, hparams: frozen(x, hparams, batch)
+        if self.looped:
+            return lambda x, hparams: torch.stack([frozen(one, hparams, take(batch, i)) for i, one in enumerate(x)])
         over = torch.vmap(frozen, in_dims=(0, None, None if batch is None else 0), randomness="different")
         return lambda x, hparams: over(x, hparams, batch)
 
@@ -178,10 +242,12 @@ class StepBatches:
     @property
     def stochastic(self) -> bool:
         """Whether the inner problem has minibatches."""
-        return self.problem.inner_batches is not None
+        return self.problem.episodes is None and self.problem.inner_batches is not None
 
     def inner(self, inner_step: int) -> Any:
-        """The batch of an inner step; None for the full batch."""
+        """The batch of an inner step; None for the full batch, that of the episode where there is one."""
+        if self.problem.episodes is not None:
+            return self._episode[0]
         return self._drawn(self.problem.inner_batches, inner_step)
 
     @property
@@ -192,7 +258,15 @@ class StepBatches:
     @property
     def outer(self) -> Any:
         """The batch of the outer loss."""
+        if self.problem.episodes is not None:
+            return self._episode[1]
         return self._drawn(self.problem.outer_batches, 0)
+
+    @cached_property
+    def _episode(self) -> tuple[Any, Any]:
+        assert self.problem.episodes is not None
+        inner, outer = self.problem.episodes(self.step)
+        return self.problem.place(inner), self.problem.place(outer)
 
     def _drawn(self, batches: Batches | None, inner_step: int) -> Any:
         return None if batches is None else self.problem.place(batches(self.step, inner_step))
@@ -214,6 +288,22 @@ def _check_tasks(batch: Any, num_tasks: int, source: str) -> None:
             f"{name} was expected to be a tensor with num_tasks={num_tasks} as its leading dimension, but {came}: "
             "stack the tasks' data along dimension 0."
         )
+
+
+def take(batch: Any, tasks: int | slice) -> Any:
+    """The part of a batch, nested dictionaries, lists and tuples of tensors, that belongs to some tasks.
+
+    Example:
+        >>> take({"x": torch.arange(6).view(3, 2)}, slice(1, 3))
+        {'x': tensor([[2, 3],
+                [4, 5]])}
+    """
+    if isinstance(batch, Mapping):
+        return {key: take(part, tasks) for key, part in batch.items()}
+    if isinstance(batch, list | tuple):
+        parts = [take(part, tasks) for part in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    return None if batch is None else batch[tasks]
 
 
 def named_parts(batch: Any, name: str) -> Iterator[tuple[str, Any]]:

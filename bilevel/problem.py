@@ -14,6 +14,7 @@ from bilevel.errors import UsageError
 from bilevel.tree import Nested, to
 
 Batches = Callable[[int, int], Any]  # (outer step, inner step) -> batch, a pure function of both
+Episodes = Callable[[int], tuple[Any, Any]]  # outer step -> (inner batch, outer batch), a pure function of it
 
 
 class Problem:
@@ -27,6 +28,9 @@ class Problem:
     * `optimality(params, hparams, batch)`, a dictionary like `params` that is zero at the solution, for an inner problem
       that is no minimisation (equilibria, fixed points).
 
+    A method `anchor(hparams) -> (strength, centre)` adds the proximal term `½ Σ strength (params - centre)²` to the inner
+    loss, which solvers differentiate without autograd; `strength` is a number or a dictionary like `params`, `centre` is one.
+
     Tensors that the problem holds as attributes move with `to`, and starting values and batches follow. Everything is
     written for *one* system; set `num_tasks` and give batches a leading task dimension to have that many solved at once
     and their outer losses averaged.
@@ -36,6 +40,11 @@ class Problem:
         num_tasks: number of systems, or None for a single one without a task dimension.
         inner_batches: None for a full-batch inner problem, else `(step, inner_step) -> batch`, unbiased.
         outer_batches: likewise for the outer loss; called with inner step 0.
+        episodes: None, or `step -> (inner batch, outer batch)`, both fixed within a step: every outer step has an inner problem
+            of its own, as the tasks of meta-learning are, so that none starts where another has ended.
+        handles_tasks: whether the functions above take all tasks at once, `params` and batch with the leading task dimension,
+            and return losses `(num_tasks,)`; else they are written for one task, and run under `vmap`.
+        tasks_at_once: how many tasks' outer losses are differentiated at a time, which bounds memory; None: all.
         broadcasts: which hyperparameter belongs to which tensor of params, for options of the inner solver: wanted where their
             names do not say it, as those of groups.
 
@@ -61,6 +70,9 @@ class Problem:
     num_tasks: int | None = None
     inner_batches: Batches | None = None
     outer_batches: Batches | None = None
+    episodes: Episodes | None = None
+    handles_tasks: bool = False
+    tasks_at_once: int | None = None
     broadcasts: Sequence[Broadcast] = ()
     _device: torch.device | None = None
     _dtype: torch.dtype | None = None

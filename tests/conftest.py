@@ -1,5 +1,7 @@
 """One thread for each test process: small tensors gain nothing from more, and parallel test processes would fight for cores."""
 
+import os
+
 import pytest
 import torch
 
@@ -18,3 +20,16 @@ def _default_dtype():
 def float64():
     """For modules whose problems are all to be in float64: `pytestmark = pytest.mark.usefixtures("float64")`."""
     torch.set_default_dtype(torch.float64)
+
+
+@pytest.fixture(scope="session")
+def omniglot_root():
+    """The data folder, if Omniglot is in it: CI says that it has to be (BILEVEL_REQUIRE_DATA=1)."""
+    from bilevel.data import data_root
+    from bilevel.data.omniglot import FILE
+
+    if not (data_root() / FILE).is_file() and os.environ.get("BILEVEL_REQUIRE_DATA") != "1":
+        pytest.skip(
+            f"{FILE} is not in {data_root()}: `python -m experiments.train experiment=imaml_omniglot` downloads it"
+        )
+    return str(data_root())

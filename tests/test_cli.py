@@ -308,7 +308,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "key of a group not chosen": (["outer_scheduler.step_size=4"], "first choose outer_scheduler="),
     "misspelt group": (["solvr=tiny"], "did you mean 'solver'?"),
     "misspelt option": (["hypergradient=tiny_gc"], "did you mean 'tiny_cg'?"),
-    "unknown option": (["hypergradient=zebra"], "its options are finite_difference, forward"),
+    "unknown option": (["hypergradient=zebra"], "its options are finite_difference, first_order, forward"),
     "misspelt experiment": (["experiment=tinny"], "did you mean 'tiny'?"),
     "null option": (["outer_scheduler=null"], "not null"),
     "group of another place": (
@@ -662,7 +662,7 @@ def test_resume_may_change_the_number_of_steps_and_the_tracking(tiny):
     assert main(tiny.words("trainer.num_steps=3", "problem.noise=nan")) == 0  # NaN has not changed either
     assert main(["train", f"resume={_latest(tiny)}", "trainer.num_steps=9", "tracking=console"]) == 0
     assert tiny.calls[-1]["parts"].trainer.num_steps == 9
-    assert len(tiny.calls[-1]["parts"].callbacks) == 1
+    assert len(tiny.calls[-1]["parts"].trackers) == 1
 
 
 def test_resume_of_a_job_of_a_sweep(tiny):

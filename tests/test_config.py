@@ -169,12 +169,14 @@ def test_every_file_lists_what_its_class_takes(group, option):
 
 
 @pytest.mark.parametrize(("group", "option"), options(CONF))
-def test_every_option_instantiates(group, option):
+def test_every_option_instantiates(group, option, request):
     import torch
 
     from bilevel.cli.job import assemble
 
     job = compose_option(CONF, group, option)
+    if "bilevel.data.Omniglot" in str(job):
+        request.getfixturevalue("omniglot_root")
     if "problem" in job:
         parts = assemble(job, torch.device("cpu"), torch.float32)
         assert parts.problem.init_hparams() and parts.hypergradient is not None
@@ -187,6 +189,7 @@ POLICIES = {
     "negative_curvature": ("hypergradient", {
         "raise": "negative_curvature.Raise", "damp": "negative_curvature.Damp",
         "minres": "negative_curvature.SwitchToMINRES", "gauss_newton": "negative_curvature.GaussNewton",
+        "truncate": "negative_curvature.Truncate",
     }),
     "unconverged": ("hypergradient", {
         "raise": "unconverged.Raise", "warn": "unconverged.Warn", "more_steps": "unconverged.MoreSteps",

@@ -39,7 +39,8 @@ class Parts:
         optimizer: makes the outer optimiser from a list of tensors.
         scheduler: makes its scheduler from the optimiser; None when there is none.
         trainer: the settings of the outer loop.
-        callbacks: the user's callbacks, then the trackers but for metrics.jsonl.
+        callbacks: the user's callbacks.
+        trackers: all but metrics.jsonl.
     """
 
     problem: Any
@@ -49,6 +50,7 @@ class Parts:
     scheduler: Callable[..., Any] | None
     trainer: Any
     callbacks: tuple[Any, ...]
+    trackers: tuple[Any, ...]
 
 
 def run_job(config: DictConfig) -> float:
@@ -114,7 +116,8 @@ def run_trainer(parts: Parts, config: Mapping[str, Any], directory: Path, *, res
         optimizer=parts.optimizer,
         scheduler=parts.scheduler,
         trainer=parts.trainer,
-        callbacks=[JsonlTracker(directory / "metrics.jsonl"), *parts.callbacks],
+        # Callbacks first: what they add to records and summary is for the trackers to keep and to show.
+        callbacks=[*parts.callbacks, JsonlTracker(directory / "metrics.jsonl"), *parts.trackers],
         config=dict(config),
         directory=directory,
         resume=resume,
@@ -145,8 +148,8 @@ def assemble(config: Mapping[str, Any], device: torch.device, dtype: torch.dtype
         optimizer=_factory(config["outer_optimizer"], "outer_optimizer"),
         scheduler=_factory(config.get("outer_scheduler"), "outer_scheduler"),
         trainer=build(config["trainer"], "trainer"),
-        # Callbacks first: what they add to the summary is for the trackers to show.
-        callbacks=(*_callbacks(config.get("callbacks") or {}), *_trackers(config.get("tracking") or {})),
+        callbacks=tuple(_callbacks(config.get("callbacks") or {})),
+        trackers=tuple(_trackers(config.get("tracking") or {})),
     )
 
 

@@ -78,7 +78,7 @@ def _plan(config: dict[str, Any], options: dict[str, Any]) -> int:
             scheduler=parts.scheduler,
             trainer=parts.trainer,
             budget=budget,
-            callbacks=[_Muted(tracker) for tracker in parts.callbacks],
+            callbacks=[_Muted(tracker) for tracker in parts.trackers],
             directory=Path(scratch),
             **options,
         )

@@ -1,6 +1,24 @@
-"""Data sets, splits and minibatches; knows no problem."""
+"""Data sets, splits, minibatches and few-shot tasks; knows no problem."""
 
+from bilevel.data.episodes import ClassEpisodes, Episode, Examples, TaskSource
 from bilevel.data.minibatches import Minibatches
+from bilevel.data.omniglot import Omniglot, load_omniglot
+from bilevel.data.prefetch import Prefetched
+from bilevel.data.root import data_root
+from bilevel.data.sinusoid import Sinusoid
 from bilevel.data.tabular import Split, load_digits
 
-__all__ = ["Minibatches", "Split", "load_digits"]
+__all__ = [
+    "ClassEpisodes",
+    "Episode",
+    "Examples",
+    "Minibatches",
+    "Omniglot",
+    "Prefetched",
+    "Sinusoid",
+    "Split",
+    "TaskSource",
+    "data_root",
+    "load_digits",
+    "load_omniglot",
+]

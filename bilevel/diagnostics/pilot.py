@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bilevel.diagnostics.cost import Units, Work, forecast
 from bilevel.diagnostics.meter import held_bytes, peak_held_bytes
 from bilevel.errors import NumericalError
@@ -172,8 +170,7 @@ def rehearse(job: Job, num_steps: int, allowance: float) -> tuple[Pilot, Setup]:
     """
     begun = time.perf_counter()
     setup, state = set_up(job.problem, job.solver, job.method, job.optimizer, job.scheduler)
-    with torch.no_grad():
-        start = RunStart({}, job.directory, 0, job.trainer.num_steps, setup.natural(state.raw))
+    start = RunStart.of(setup, state, job.trainer.num_steps, directory=job.directory)
     for callback in job.callbacks:
         callback.on_start(start)
     first, device = time.perf_counter(), state.params.device

@@ -141,7 +141,7 @@ class Implicit(HypergradientMethod):
         gradient = {name: direct[name] - part for name, part in at.mixed(solved.solution.value).items()}
         estimate = self._estimate(at, solver, batches, solved, by_params, gradient)
         biased = solved.biased
-        if batches.curvature is not None:
+        if batches.stochastic and batches.curvature is not None:
             biased += ("the Hessian is that of one minibatch",)
         receipt = Receipt(
             **{**describe(inner), "stationarity": float(at.stationarity.max())},

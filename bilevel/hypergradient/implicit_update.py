@@ -120,7 +120,7 @@ class ImplicitUpdate(HypergradientMethod):
             reasons.append(
                 "one step, differentiated where the inner solver stopped short of a fixed point, stands for all"
             )
-        if batches.curvature is not None:
+        if batches.stochastic and batches.curvature is not None:
             reasons.append("the step is that of one minibatch")
         return tuple(reasons)
 

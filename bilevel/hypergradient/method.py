@@ -155,7 +155,7 @@ def solve_inner(
 ) -> InnerSolution:
     """Run the inner solver on this outer step's batches; inner step numbers start at `offset`."""
     if not batches.stochastic:
-        return run(solver, problem.objective(None), start, hparams, state=state, max_steps=max_steps)
+        return run(solver, problem.objective(batches.inner(0)), start, hparams, state=state, max_steps=max_steps)
 
     def at(inner_step: int) -> Any:
         return problem.objective(batches.inner(offset + inner_step))
@@ -164,8 +164,8 @@ def solve_inner(
 
 
 def starting_point(problem: FlatProblem, params: Tensor, hparams: Mapping[str, Tensor], warm_start: bool) -> Tensor:
-    """The previous solution, detached, or `init_params(hparams)` with its graph."""
-    return params.detach() if warm_start else problem.start(hparams)
+    """The previous solution of the same inner problem, detached, or `init_params(hparams)` with its graph."""
+    return params.detach() if warm_start and problem.problem.episodes is None else problem.start(hparams)
 
 
 def solve_without_graph(
@@ -185,11 +185,16 @@ def outer_gradients(
     problem: FlatProblem, params: Tensor, hparams: Mapping[str, Tensor], batches: StepBatches
 ) -> tuple[float, Tensor, TensorDict]:
     """Mean outer loss and its partial derivatives: with respect to params, and directly to hyperparameters."""
-    with torch.enable_grad():
-        leaf, direct = params.detach().requires_grad_(), leaves(hparams)
-        loss = problem.outer_loss(leaf, direct, batches.outer).mean()
-        by_params, *by_hparams = torch.autograd.grad(loss, [leaf, *direct.values()], materialize_grads=True)
-    return float(loss.detach()), by_params, dict(zip(direct, by_hparams, strict=True))
+    total, by_params, by_hparams = 0.0, [], {name: torch.zeros_like(value) for name, value in hparams.items()}
+    for part, x, batch in problem.in_parts(params.detach(), batches.outer):
+        with torch.enable_grad():
+            leaf, direct = x.requires_grad_(), leaves(hparams)
+            loss = part.outer_loss(leaf, direct, batch).sum() / params.shape[:-1].numel()
+            first, *others = torch.autograd.grad(loss, [leaf, *direct.values()], materialize_grads=True)
+        total += float(loss.detach())
+        by_params.append(first)
+        by_hparams = {name: value + other for (name, value), other in zip(by_hparams.items(), others, strict=True)}
+    return total, by_params[0] if len(by_params) == 1 else torch.cat(by_params), by_hparams
 
 
 def describe(solution: InnerSolution) -> dict[str, Any]:

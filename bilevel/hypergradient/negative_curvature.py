@@ -213,3 +213,23 @@ class GaussNewton(NegativeCurvature):
             solution.continued_by(again, negative),
             ("negative curvature: the Gauss-Newton matrix stands for the Hessian",),
         )
+
+
+@dataclass(frozen=True)
+class Truncate(NegativeCurvature):
+    """Keep what the solver had found before it met negative curvature, zero if that was at once; biased.
+
+    For many systems of which few are concerned and none is worth more products, as the tasks of a meta-batch are.
+
+    Reference: Steihaug (1983), "The conjugate gradient method and trust regions in large scale optimization".
+    """
+
+    def handle(self, system: System, solution: Solution, negative: Tensor) -> Handled:
+        """Call the solve done."""
+        failed = negative & (solution.result == Result.negative_curvature.code)
+        if not bool(failed.any()):
+            return Handled(solution)
+        of = f" in {int(failed.sum())} of {failed.numel()} tasks" if failed.ndim else ""
+        reason = f"negative curvature{of}: the linear solve ends before it"
+        done = torch.where(failed, Result.budget_spent.code, solution.result)
+        return Handled(replace(solution, result=done), (reason,))

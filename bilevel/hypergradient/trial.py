@@ -6,6 +6,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from numbers import Real
 from pathlib import Path
@@ -91,12 +92,37 @@ def first_look(
         raise UsageError(f"{type(problem).__name__}.init_params was expected to return real numbers, but they {came}.")
     method.check(solver)
     solver, batches = bind_solver(solver, flat, hparams), StepBatches(problem, step)
+    flat = _batched(flat, start, hparams, batches)
     with flat.purity.rehearsal():
         try_losses(flat, start, hparams, batches)
     given = {"params": flat.unravel(start), "hparams": hparams}
     with flat.purity.rehearsal(), blaming(problem, "inner_loss or outer_loss, differentiated,", **given):
         paths = find_paths(flat, solver, hparams, batches)
     return FirstLook(flat, solver, start, batches, paths)
+
+
+def _batched(problem: FlatProblem, start: Tensor, hparams: Mapping[str, Tensor], batches: StepBatches) -> FlatProblem:
+    """The problem as it is, or with its tasks in a loop where its functions can do without `vmap`, but not under it."""
+    if problem.problem.num_tasks is None or problem.problem.handles_tasks:
+        return problem
+    try:
+        with problem.purity.rehearsal():
+            try_losses(problem, start, hparams, batches)
+        return problem
+    except UsageError as error:
+        looped = replace(problem, looped=True)
+        try:
+            with problem.purity.rehearsal():
+                try_losses(looped, start, hparams, batches)
+        except UsageError:
+            return problem  # no matter of vmap
+        cause = error.__cause__ or error
+        warnings.warn(
+            f"the functions of {type(problem.problem).__name__} do not run under torch.vmap ({_cause(cause)}), so that the "
+            f"{problem.problem.num_tasks} tasks are evaluated one after the other, which takes longer.",
+            stacklevel=3,
+        )
+        return looped
 
 
 def starting_hparams(problem: Problem) -> TensorDict:
@@ -159,9 +185,9 @@ def try_losses(problem: FlatProblem, start: Tensor, hparams: Mapping[str, Tensor
         UsageError: one of them fails, does not return a scalar, or gets a batch that does not fit the tasks.
     """
     user = problem.problem
-    with blaming(user, "inner_batches"):
+    with blaming(user, "inner_batches" if user.episodes is None else "episodes"):
         inner = batches.curvature
-    with blaming(user, "outer_batches"):
+    with blaming(user, "outer_batches" if user.episodes is None else "episodes"):
         outer = batches.outer
     params = problem.layout.unravel(start if user.num_tasks is None else start[0])
     optimality = hasattr(user, "optimality")

@@ -6,7 +6,7 @@ from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.lbfgs import LBFGS
 from bilevel.solvers.loop import InnerResult, InnerSolution, run
 from bilevel.solvers.newton_cg import NewtonCG
-from bilevel.solvers.objective import Objective
+from bilevel.solvers.objective import Anchored, Objective
 from bilevel.solvers.proximal_gradient import Project, Proximal, ProximalGradient, SoftThreshold
 from bilevel.solvers.solver import InnerSolver
 from bilevel.solvers.torch_optimizer import TorchOptimizer
@@ -15,6 +15,7 @@ from bilevel.solvers.update_rule import UpdateRule
 __all__ = [
     "LBFGS",
     "Adam",
+    "Anchored",
     "AndersonAcceleration",
     "GradientDescent",
     "InnerResult",

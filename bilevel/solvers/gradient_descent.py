@@ -64,8 +64,13 @@ class GradientDescent(InnerSolver):
     def step(self, params: Tensor, state: State, loss: Objective, hparams: Hparams) -> tuple[Tensor, State]:
         """One step."""
         gradient = self.conditions(loss).gradient(params, hparams)
-        velocity = option(self.momentum, hparams) * state["velocity"] + gradient
-        params = params - option(self.learning_rate, hparams) * velocity
+        still = isinstance(self.momentum, int | float) and self.momentum == 0  # a pass over all tasks' params less
+        velocity = gradient if still else option(self.momentum, hparams) * state["velocity"] + gradient
+        rate = option(self.learning_rate, hparams)
+        if isinstance(rate, Tensor):
+            params = torch.addcmul(params, rate, velocity, value=-1)
+        else:
+            params = torch.add(params, velocity, alpha=-rate)
         counted = state["num_gradients"] + 1
         return params, {
             **state,

@@ -15,16 +15,44 @@ Hparams = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
+class Anchored:
+    """A loss that holds `params` near a centre: a term `½ Σ strength (params - centre)²`, and the rest.
+
+    Attributes:
+        rest: `(params, hparams) -> (*batch,)`, the loss without the term.
+        term: `hparams -> (strength, centre)`, a number or `(n,)`, and `(n,)`.
+    """
+
+    rest: Callable[[Tensor, Hparams], Tensor]
+    term: Callable[[Hparams], tuple[Tensor, Tensor]]
+
+    def value(self, params: Tensor, hparams: Hparams) -> Tensor:
+        """Of each system, `(*batch,)`."""
+        strength, centre = self.term(hparams)
+        return (strength * (params - centre).square()).sum(-1) / 2
+
+    def gradient(self, params: Tensor, hparams: Hparams, others: Tensor | None = None) -> Tensor:
+        """`strength (params - centre)`, added to what is given, in two passes over it."""
+        strength, centre = self.term(hparams)
+        if others is None:
+            return strength * (params - centre)
+        return torch.addcmul(torch.addcmul(others, strength, params), strength, centre, value=-1)
+
+
+@dataclass(frozen=True)
 class Objective:
     """An inner problem for one batch of data.
 
     Attributes:
         loss: `(params, hparams) -> (*batch,)`, one value for each system; None when there is only an optimality.
         optimality: `(params, hparams) -> (*batch, n)`, zero at the solution; None means the gradient of the loss.
+        anchored: what of the loss is `½ Σ strength (params - centre)²`, with the rest of it; None where nothing is known to
+            be. Its gradient then is no matter of autograd, for which it would be as much work as a small network.
     """
 
     loss: Callable[[Tensor, Hparams], Tensor] | None = None
     optimality: Callable[[Tensor, Hparams], Tensor] | None = None
+    anchored: Anchored | None = None
 
     def value_and_gradient(self, params: Tensor, hparams: Hparams) -> tuple[Tensor, Tensor]:
         """Value and gradient; recorded when gradients are enabled.
@@ -37,14 +65,25 @@ class Objective:
                 "this inner solver needs inner_loss, but the problem defines only optimality: "
                 "use AndersonAcceleration or GradientDescent."
             )
+        if self.anchored is not None:
+            value, gradient = self._of_rest(params, hparams)
+            return value + self.anchored.value(params, hparams), gradient + self.anchored.gradient(params, hparams)
         loss = self.loss
         return value_and_gradient(lambda x: loss(x, hparams), params)
 
     def gradient(self, params: Tensor, hparams: Hparams) -> Tensor:
         """The optimality, or the gradient of the loss."""
+        if self.anchored is not None:
+            return self.anchored.gradient(params, hparams, self._of_rest(params, hparams)[1])
         if self.optimality is None:
             return self.value_and_gradient(params, hparams)[1]
         if in_transform() or torch.is_grad_enabled():
             return self.optimality(params, hparams)
         with torch.enable_grad():  # the optimality may itself take a gradient
             return self.optimality(params.detach(), hparams).detach()
+
+    def _of_rest(self, params: Tensor, hparams: Hparams) -> tuple[Tensor, Tensor]:
+        """Value and gradient of the loss without the anchor."""
+        assert self.anchored is not None
+        rest = self.anchored.rest
+        return value_and_gradient(lambda x: rest(x, hparams), params)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+
+from bilevel.trainer.setup import Setup
+from bilevel.trainer.state import TrainState
+from bilevel.tree import TensorDict
 
 
 @dataclass(frozen=True)
@@ -19,6 +25,8 @@ class RunStart:
         step: number of the first outer step; above 0 when the run is resumed.
         num_steps: number of the last outer step plus one.
         hparams: starting hyperparameters in natural units.
+        setup: the problem between vectors, the inner solver with its options fitted to it, and the method.
+        latest: the hyperparameters of the next step in natural units, whenever it is called.
     """
 
     config: dict[str, Any]
@@ -26,6 +34,25 @@ class RunStart:
     step: int
     num_steps: int
     hparams: dict[str, Tensor] = field(repr=False)
+    setup: Setup = field(repr=False)
+    latest: Callable[[], TensorDict] = field(repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        setup: Setup,
+        state: TrainState,
+        num_steps: int,
+        config: dict[str, Any] | None = None,
+        directory: Path | None = None,
+    ) -> RunStart:
+        """At the state before the first step."""
+
+        def latest() -> TensorDict:
+            with torch.no_grad():
+                return setup.natural(state.raw)
+
+        return cls(config or {}, directory, state.step, num_steps, latest(), setup, latest)
 
 
 class Callback(Protocol):

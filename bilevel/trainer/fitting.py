@@ -104,8 +104,7 @@ def fit(
                 f"a callback needs on_start, on_step and on_end, but {callback!r} lacks one: derive it from "
                 "bilevel.Callback and override what you want."
             )
-    with torch.no_grad():
-        start = RunStart({}, None, 0, trainer.num_steps, setup.natural(state.raw))
+    start = RunStart.of(setup, state, trainer.num_steps)
     for callback in callbacks:
         callback.on_start(start)
     history = list(trainer.steps(setup, state, callbacks))

@@ -68,8 +68,7 @@ def run(
     setup, state = set_up(problem, solver, hypergradient, optimizer, scheduler)
     if resume:
         _restore(state, directory / "checkpoints")
-    with torch.no_grad():
-        start = RunStart(config or {}, directory, state.step, trainer.num_steps, setup.natural(state.raw))
+    start = RunStart.of(setup, state, trainer.num_steps, config, directory)
     for callback in callbacks:
         callback.on_start(start)
     log = _Log(directory, setup, state, trainer, callbacks, config or {}, started - state.wall_seconds)

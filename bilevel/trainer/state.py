@@ -17,7 +17,7 @@ from bilevel.tree import TensorDict, to
 
 @dataclass
 class Best:
-    """The best step so far.
+    """The best step so far; the latest one where outer losses of different steps cannot be compared.
 
     Attributes:
         step: its number; -1 before the first.

@@ -33,6 +33,7 @@ class Trainer:
 
     Args:
         num_steps: outer steps.
+        max_seconds: stop after the step at which so much time has gone into steps, by all processes of the run; None never.
         clip_norm: clip the gradient in raw coordinates to this norm; None does not.
         patience: stop after this many steps without a better outer loss; None never does.
         min_improvement: what counts as better, relative to the best outer loss.
@@ -43,6 +44,7 @@ class Trainer:
     """
 
     num_steps: int = 50
+    max_seconds: float | None = None
     clip_norm: float | None = None
     patience: int | None = None
     min_improvement: float = 0.0
@@ -60,6 +62,8 @@ class Trainer:
                 raise UsageError(f"trainer.{name} must be an integer of at least 1, but is {value}.")
         if self.patience is not None and (not isinstance(self.patience, int) or self.patience < 1):
             raise UsageError(f"trainer.patience must be an integer of at least 1, or null, but is {self.patience}.")
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            raise UsageError(f"trainer.max_seconds must be above 0 or null, but is {self.max_seconds}.")
         if self.clip_norm is not None and not self.clip_norm > 0:  # NaN is not above 0, either
             raise UsageError(f"trainer.clip_norm must be above 0 or null, but is {self.clip_norm}.")
         if not self.min_improvement >= 0:
@@ -71,6 +75,11 @@ class Trainer:
         A generator so that whoever runs it (a run directory, a notebook) decides what happens between two steps. An
         exception leaves the state in the middle of a step: what `state.save()` returned before that step undoes it.
         """
+        if self.patience is not None and not setup.problem.is_comparable:
+            raise UsageError(
+                f"trainer.patience={self.patience} compares the outer losses of steps, but each step of this problem has data "
+                "of its own: leave patience out, and choose num_steps or max_seconds."
+            )
         while self.reason_to_stop(state) is None:
             record, hparams = self.step(setup, state)
             for callback in callbacks:
@@ -83,6 +92,8 @@ class Trainer:
             return f"{state.num_nonfinite} non-finite hypergradients in a row; none was applied{_blame(state.record)}"
         if self.patience is not None and state.step - 1 - state.best.step >= self.patience:
             return f"no better outer loss in {self.patience} steps"
+        if self.max_seconds is not None and state.seconds >= self.max_seconds:
+            return f"{state.seconds:.0f} of {self.max_seconds:g} seconds were used"
         return "all steps were made" if state.step >= self.num_steps else None
 
     def step(self, setup: Setup, state: TrainState) -> tuple[Record, TensorDict]:
@@ -115,7 +126,7 @@ class Trainer:
             **describe_hparams(hparams),
         }
         if finite:
-            self._keep_best(state, result, hparams, metrics)
+            self._keep_best(setup, state, result, hparams, metrics)
             applied = {name: scale * part for name, part in result.gradient.items()}
             self._update(state, natural, applied, result.outer_loss)
             state.params, state.method, state.num_nonfinite = result.params, result.state, 0
@@ -129,6 +140,8 @@ class Trainer:
         seconds = time.perf_counter() - started
         state.seconds += seconds
         eta = state.seconds / state.step * (self.num_steps - state.step)
+        if self.max_seconds is not None:
+            eta = min(eta, max(self.max_seconds - state.seconds, 0.0))
         state.record = {**record, "seconds": seconds, "eta_seconds": eta}
         return state.record, hparams
 
@@ -156,11 +169,11 @@ class Trainer:
         state.outer.step(outer_loss)
 
     def _keep_best(
-        self, state: TrainState, result: Hypergradient, hparams: TensorDict, metrics: dict[str, float]
+        self, setup: Setup, state: TrainState, result: Hypergradient, hparams: TensorDict, metrics: dict[str, float]
     ) -> None:
         best = state.best.outer_loss
         margin = self.min_improvement * abs(best) if best != float("inf") else 0.0
-        if result.outer_loss < best - margin:
+        if result.outer_loss < best - margin or not setup.problem.is_comparable:
             state.best = Best(state.step, result.outer_loss, hparams, result.params, metrics)
 
 

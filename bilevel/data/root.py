@@ -1,0 +1,52 @@
+"""Where data sets are looked for, and what is said when one is not there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import urllib.request
+from pathlib import Path
+
+from bilevel.errors import UsageError
+
+VARIABLE = "BILEVEL_DATA"
+
+
+def data_root(root: str | Path | None = None) -> Path:
+    """The folder of data sets: the one given, else that of the environment, else a cache folder in the user's home.
+
+    Example:
+        >>> data_root("data/sets").as_posix()
+        'data/sets'
+    """
+    chosen = root if root is not None else os.environ.get(VARIABLE) or Path.home() / ".cache" / "bilevel"
+    return Path(chosen).expanduser()
+
+
+def fetch(address: str, path: Path, md5: str) -> None:
+    """Download a file that is not there yet, and check it; what is left behind is the right file or none.
+
+    Raises:
+        UsageError: it cannot be downloaded, or it is not the file that was expected.
+    """
+    partial = path.with_suffix(path.suffix + ".partial")
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            urllib.request.urlretrieve(address, partial)
+            os.replace(partial, path)
+        except OSError as error:  # also what urllib raises
+            partial.unlink(missing_ok=True)
+            raise UsageError(
+                f"{path.name} is not in {path.parent} and cannot be downloaded from {address} ({_reason(error)}): put the "
+                f"file there, or name the folder where it is with data.root=DIR or the variable {VARIABLE}."
+            ) from error
+    found = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+    if found != md5:
+        raise UsageError(
+            f"{path} is damaged: its MD5 was expected to be {md5}, but is {found}; remove it to have it downloaded again."
+        )
+
+
+def _reason(error: OSError) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -1,0 +1,120 @@
+"""Evaluation of a run on fixed tasks: now and then on validation tasks, at the end on test tasks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bilevel.data import Examples
+from bilevel.errors import UsageError
+from bilevel.meta.evaluation import Adaptation, Mean, adapt, evaluate, few_shot, fixed_tasks
+from bilevel.trainer import Callback, RunStart
+
+PICTURES = "episodes.safetensors"
+
+
+class FewShotEvaluation(Callback):
+    """Scores tasks that were not trained on, and keeps what the report shows of them.
+
+    Records get `metrics.validation_SCORE` and its 95 % interval; the summary gets `evaluation` (the score after each number of
+    inner steps) and a table beside the floor.
+
+    Args:
+        num_tasks: test tasks at the end of the run; always the same ones for a `seed`.
+        every: outer steps between evaluations on validation tasks; None makes none.
+        num_validation_tasks: validation tasks each time; always the same ones.
+        steps: numbers of inner steps to score at the end, besides 0 and those of the inner solver.
+        max_steps: inner steps of test and validation tasks; None takes the inner solver's.
+        num_pictures: test tasks that the report shows.
+        seed: of the tasks.
+    """
+
+    def __init__(
+        self,
+        num_tasks: int = 1000,
+        every: int | None = 100,
+        num_validation_tasks: int = 200,
+        steps: Sequence[int] = (1, 2, 4, 8),
+        max_steps: int | None = None,
+        num_pictures: int = 3,
+        seed: int = 0,
+    ) -> None:
+        """Check the numbers."""
+        for name, value in (("num_tasks", num_tasks), ("num_validation_tasks", num_validation_tasks), ("every", every)):
+            if not (isinstance(value, int) and value >= 1) and not (name == "every" and value is None):
+                raise UsageError(f"FewShotEvaluation needs {name} >= 1, an integer, but got {value!r}.")
+        self.num_tasks, self.every, self.num_validation_tasks = num_tasks, every, num_validation_tasks
+        self.steps, self.max_steps, self.num_pictures, self.seed = tuple(steps), max_steps, num_pictures, seed
+
+    def on_start(self, run: RunStart) -> None:
+        """Keep what tasks adapt by."""
+        self.run = run
+        self.problem, self.score = run.setup.problem, few_shot(run.setup.problem).objective.score_name
+        solver = run.setup.solver
+        self.solver = solver if self.max_steps is None else replace(solver, max_steps=self.max_steps)
+        self.has_validation = few_shot(self.problem).tasks.has_part("validation")
+
+    def on_step(self, record: dict[str, Any], hparams: dict[str, Tensor]) -> None:
+        """Add the validation score to some records."""
+        if self.every is None or not self.has_validation or (record["step"] + 1) % self.every:
+            return
+        found = evaluate(
+            self.problem, self.solver, hparams, part="validation", num_tasks=self.num_validation_tasks, seed=self.seed
+        )
+        record[f"metrics.validation_{self.score}"] = found.final.value
+        record[f"metrics.validation_{self.score}_half_width"] = found.final.half_width
+
+    def on_end(self, summary: dict[str, Any]) -> None:
+        """Score the test tasks with the last hyperparameters; not where a run was interrupted, which will go on."""
+        if summary["num_steps"] == 0 or summary["stopped_because"] == "interrupted":
+            return
+        started = time.perf_counter()
+        hparams = self.run.latest()
+        found = evaluate(self.problem, self.solver, hparams, num_tasks=self.num_tasks, seed=self.seed, steps=self.steps)
+        summary["evaluation"] = self._figures(found, time.perf_counter() - started)
+        summary["baseline"] = self._table(found)
+        if self.run.directory is not None and self.num_pictures:
+            save_file(self._pictures(hparams), Path(self.run.directory) / PICTURES)
+
+    def _figures(self, found: Adaptation, seconds: float) -> dict[str, Any]:
+        curve = [Mean.of(scores) for scores in found.scores]
+        return {
+            "score": self.score,
+            "num_tasks": self.num_tasks,
+            "seed": self.seed,
+            "inner_steps": list(found.steps),
+            "mean": [one.value for one in curve],
+            "half_width": [one.half_width for one in curve],
+            "floor": Mean.of(found.floor).value,
+            "each": found.scores[-1].tolist(),  # for differences of two runs on the same tasks
+            "seconds": seconds,
+        }
+
+    def _table(self, found: Adaptation) -> dict[str, Any]:
+        objective = few_shot(self.problem).objective
+        rows = [[objective.floor_name, str(Mean.of(found.floor))]]
+        rows += [
+            [f"after {steps} inner steps", str(Mean.of(scores))]
+            for steps, scores in zip(found.steps, found.scores, strict=True)
+        ]
+        return {
+            "name": f"{objective.score_name} of {self.num_tasks} test tasks, 95 % interval",
+            "columns": ["learner", objective.score_name],
+            "rows": rows,
+        }
+
+    def _pictures(self, hparams: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A few test tasks: their sets, and outputs for the query inputs before and after adaptation."""
+        group = self.problem.with_tasks(self.num_pictures)
+        episode = fixed_tasks(few_shot(group), "test", range(self.num_pictures), self.seed)
+        before, after = adapt(group, self.solver, hparams, episode, (0, self.solver.max_steps))
+        parts: dict[str, Examples] = {"support": episode.support, "query": episode.query}
+        tensors = {f"{name}.{key}": value for name, part in parts.items() for key, value in part._asdict().items()}
+        tensors |= {"outputs.before": before, "outputs.after": after}
+        return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}

@@ -1,0 +1,47 @@
+"""The layer that few-shot networks are made of: a convolution, normalised by the statistics of the batch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from bilevel.models.convolution import Geometry, convolve, unfold
+from bilevel.models.network import Params
+from bilevel.models.normalisation import normalise
+
+EPS = 1e-5
+FEW = 16  # numbers in a patch, up to which statistics of outputs are worked out from those of the patches
+
+
+def normalised_convolution(
+    params: Params, name: str, inputs: Tensor, stride: int = 1, padding: int = 0, eps: float = EPS
+) -> Tensor:
+    r"""`gain (y - mean y) / sqrt(var y + eps) + bias` with `y = convolve(inputs, weight)`.
+
+    Where patches are small (the first layer of grey images has nine pixels in one), nothing of the size of `y` but the
+    result is made: with centred patches `P` (M, K) and their covariance `S = P^T P / M` the mean of `y = P W` is zero and its
+    variance is the diagonal of `W^T S W`, so that normalising is scaling the columns of `W`.
+
+    Args:
+        params: has `NAME.weight` `(*batch, O, k, k, C)`, `NAME.gain` and `NAME.bias` `(*batch, O)`, or without batch.
+        name: of the layer.
+        inputs: images `(*batch, N, H, W, C)`.
+        stride: as of `convolve`.
+        padding: as of `convolve`.
+        eps: added to the variances.
+
+    Returns:
+        `(*batch, N, H', W', O)`.
+    """
+    weight, gain, bias = (params[f"{name}.{part}"] for part in ("weight", "gain", "bias"))
+    if weight.shape[-1] * weight.shape[-2] ** 2 > FEW:
+        outputs = convolve(inputs, weight, stride, padding)
+        return normalise(outputs.flatten(-4, -2), gain, bias, eps).view(outputs.shape)
+    geometry = Geometry(weight.shape[-2], stride, padding, *inputs.shape[-3:-1])
+    patches = unfold(inputs, geometry)  # (*batch, M, K)
+    patches = patches - patches.mean(-2, keepdim=True)
+    covariance = patches.mT @ patches / patches.shape[-2]
+    columns = weight.flatten(-3).mT  # (*batch, K, O)
+    variance = (covariance @ columns * columns).sum(-2, keepdim=True)
+    scaled = columns * (gain.unsqueeze(-2) * (variance + eps).rsqrt())
+    outputs = patches @ scaled + bias.unsqueeze(-2)
+    return outputs.unflatten(-2, (inputs.shape[-4], *geometry.places))

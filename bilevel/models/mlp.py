@@ -1,0 +1,57 @@
+"""A multilayer perceptron."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor
+
+from bilevel.errors import UsageError
+from bilevel.models.network import Activation, FeatureNetwork, Params, activation_of, linear_weights
+from bilevel.tree import TensorDict
+
+
+class MLP(FeatureNetwork):
+    """Linear layers with an activation between them; the last one is the head.
+
+    Args:
+        num_inputs: numbers in an input.
+        num_outputs: numbers in an output.
+        hidden: widths of the layers between.
+        activation: a function of `torch.nn.functional`, by its name.
+
+    Example:
+        >>> import torch
+        >>> network = MLP()
+        >>> network(network.init(seed=0), torch.rand(3, 10, 1)).shape
+        torch.Size([3, 10, 1])
+    """
+
+    def __init__(
+        self,
+        num_inputs: int = 1,
+        num_outputs: int = 1,
+        hidden: Sequence[int] = (40, 40),
+        activation: str | Activation = "relu",
+    ) -> None:
+        """Check the sizes."""
+        self.widths = (num_inputs, *hidden)
+        if not all(isinstance(width, int) and width >= 1 for width in (*self.widths, num_outputs)):
+            raise UsageError(f"MLP needs widths of at least 1, but got {[*self.widths, num_outputs]}.")
+        self.num_outputs, self.activation = num_outputs, activation_of(activation)
+
+    def init(self, seed: int) -> TensorDict:
+        """Glorot's weights, biases zero."""
+        params: TensorDict = {}
+        for layer, (before, after) in enumerate(pairwise(self.widths)):
+            params |= linear_weights(f"layer{layer}", before, after, seed, layer)
+        return params | linear_weights("head", self.widths[-1], self.num_outputs, seed, len(self.widths))
+
+    def features(self, params: Params, inputs: Tensor) -> Tensor:
+        """The activations of the last hidden layer, `(*batch, N, D)`."""
+        x = inputs
+        for layer in range(len(self.widths) - 1):
+            x = x @ params[f"layer{layer}.weight"].mT + params[f"layer{layer}.bias"].unsqueeze(-2)
+            x = self.activation(x)
+        return x

@@ -1,0 +1,263 @@
+"""Few-shot tasks: drawn as they should be, the same again from the same numbers, and from data that is what it claims."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import threading
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bilevel.data import ClassEpisodes, Omniglot, Prefetched, Sinusoid, data_root, load_omniglot, omniglot, root
+from bilevel.errors import UsageError
+from bilevel.meta import Classification, Mean
+
+
+def marked(num_classes=12, num_examples=6, side=4):
+    """Images that say what they are: the class in one pixel, the example in the next, a corner to see turns by."""
+    images = torch.zeros(num_classes, num_examples, side, side, 1, dtype=torch.uint8)
+    images[:, :, 1, 1, 0] = torch.arange(num_classes, dtype=torch.uint8).unsqueeze(-1)
+    images[:, :, 1, 2, 0] = torch.arange(num_examples, dtype=torch.uint8)
+    images[:, :, 0, 0, 0] = 255
+    return images
+
+
+def pixels(inputs, row, column):
+    return (inputs[..., row, column, 0] * 255).round().long()
+
+
+PARTS = {"train": range(7), "validation": range(7, 9), "test": range(9, 12)}
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(2, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), st.integers(0, 2**32))
+def test_a_task_has_its_classes_and_disjoint_sets(way, shot, num_query, num_tasks, seed):
+    tasks = ClassEpisodes(marked(), {"train": range(7), "test": range(7, 12)}, way, shot, num_query, rotations=False)
+    for part, classes in (("train", range(7)), ("test", range(7, 12))):
+        episode = tasks.draw(part, num_tasks, seed)
+        assert episode.support.inputs.shape == (num_tasks, way * shot, 4, 4, 1)
+        assert episode.query.targets.shape == (num_tasks, way * num_query)
+        for task in range(num_tasks):
+            seen, owner = set(), {}
+            for examples in episode:
+                inputs, targets = examples.inputs[task], examples.targets[task]
+                assert targets.bincount().tolist() == [len(targets) // way] * way
+                for name, example, label in zip(pixels(inputs, 1, 1), pixels(inputs, 1, 2), targets, strict=True):
+                    assert int(name) in classes and owner.setdefault(int(label), int(name)) == int(name)
+                    assert (int(name), int(example)) not in seen
+                    seen.add((int(name), int(example)))
+            assert len(set(owner.values())) == way
+
+
+def test_a_draw_is_a_function_of_its_numbers():
+    tasks = ClassEpisodes(marked(), PARTS, way=2, num_query=2)
+    one, again = tasks.draw("train", 8, 0, 5), tasks.draw("train", 8, 0, 5)
+    assert all(
+        torch.equal(a, b) for first, second in zip(one, again, strict=True) for a, b in zip(first, second, strict=True)
+    )
+    for other in (tasks.draw("train", 8, 0, 6), tasks.draw("train", 8, 1, 5)):
+        assert not torch.equal(one.query.inputs, other.query.inputs)
+
+
+def test_classes_and_examples_are_drawn_evenly():
+    tasks = ClassEpisodes(marked(), {"train": range(12)}, way=3, shot=1, num_query=1, rotations=False)
+    episode = tasks.draw("train", 4000, 0)
+    for row_column, number in (((1, 1), 12), ((1, 2), 6)):
+        counts = pixels(episode.support.inputs, *row_column).flatten().bincount(minlength=number)
+        expected = 12_000 / number
+        assert (
+            float(((counts - expected).square() / expected).sum()) < 40
+        )  # a chi-square of 11 and 5 degrees of freedom
+
+
+def test_rotations_are_classes_of_their_own_in_training_only():
+    images = marked()
+    tasks = ClassEpisodes(images, PARTS, way=2, num_query=2)
+    corners = {(0, 0): 0, (3, 0): 1, (3, 3): 2, (0, 3): 3}
+    turns = set()
+    for seed in range(40):
+        inputs = tasks.draw("train", 4, seed).query.inputs.view(4, 2, 2, 4, 4, 1)
+        lit = {turn: inputs[..., i, j, 0] == 1 for (i, j), turn in corners.items()}
+        turn = sum(turn * mask.long() for turn, mask in lit.items())
+        assert torch.equal(sum(mask.long() for mask in lit.values()), torch.ones_like(turn))
+        assert torch.equal(turn, turn[..., :1].expand_as(turn))  # all of a class are turned alike
+        turns |= set(turn.flatten().tolist())
+        assert bool((tasks.draw("test", 4, seed).query.inputs[..., 0, 0, 0] == 1).all())
+    assert turns == {0, 1, 2, 3}
+
+
+MISTAKES = [
+    (dict(way=8), "a task of 8 classes \\(way\\) cannot be drawn from the train part, which has 7: lower way"),
+    (dict(way=3), "a task of 3 classes \\(way\\) cannot be drawn from the validation part, which has 2"),
+    (
+        dict(shot=4, num_query=3),
+        "a task needs 4 \\+ 3 examples of a class .* but each class has 6: lower one of the two",
+    ),
+    (dict(way=1), "way was expected to be an integer of at least 2, but is 1"),
+    (dict(shot=0), "shot was expected to be an integer of at least 1, but is 0"),
+    (dict(num_query=1.5), "num_query was expected to be an integer of at least 1, but is 1.5"),
+    (dict(classes={**PARTS, "test": range(8, 12)}), "must share no class, but class 8 is in both validation and test"),
+    (dict(classes={"training": range(7)}), "one of train, validation, test, but got 'training'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "sentence"), MISTAKES)
+def test_what_cannot_be_drawn_is_told_in_one_sentence(changes, sentence):
+    arguments = {"classes": PARTS, "way": 2, "shot": 1, "num_query": 2, **changes}
+    with pytest.raises(UsageError, match=sentence):
+        ClassEpisodes(marked(), **arguments)
+
+
+def test_a_part_without_classes_is_told():
+    tasks = ClassEpisodes(marked(), {"train": range(7), "validation": []}, way=2, num_query=2)
+    assert tasks.has_part("train") and not tasks.has_part("validation")
+    with pytest.raises(UsageError, match="there are no classes for the validation part"):
+        tasks.draw("validation", 1, 0)
+
+
+def test_sinusoids_are_waves_of_the_paper():
+    episode = Sinusoid(shot=10, num_query=50).draw("train", 500, 3)
+    x, y = (torch.cat([getattr(part, name) for part in episode], 1) for name in ("inputs", "targets"))
+    design = torch.stack([x.sin(), x.cos()], -1).squeeze(2)  # a sin(x - p) = a cos(p) sin x - a sin(p) cos x
+    coefficients = torch.linalg.lstsq(design, y).solution.squeeze(-1)
+    amplitude, phase = coefficients.norm(dim=-1), torch.atan2(-coefficients[:, 1], coefficients[:, 0])
+    torch.testing.assert_close(design @ coefficients.unsqueeze(-1), y, rtol=0, atol=1e-4)
+    assert 0.1 <= amplitude.min() < 0.3 and 4.7 < amplitude.max() <= 5.0
+    assert -1e-4 <= phase.min() < 0.1 and 3.0 < phase.max() <= np.pi + 1e-4
+    assert -5 <= x.min() < -4.9 and 4.9 < x.max() <= 5
+    with pytest.raises(UsageError, match="data.shot was expected to be an integer of at least 1, but is 0"):
+        Sinusoid(shot=0)
+
+
+class TestPrefetched:
+    def test_values_are_those_of_the_function_whatever_is_asked(self):
+        squares = Prefetched(lambda step: step * step)
+        assert [squares(step) for step in (0, 1, 1, 5, 6, 2, 2, 3)] == [0, 1, 1, 25, 36, 4, 4, 9]
+
+    def test_the_next_value_is_made_meanwhile(self):
+        made = {0: threading.Event(), 1: threading.Event()}
+
+        def function(step):
+            if step in made:
+                made[step].set()
+            return step
+
+        assert Prefetched(function)(0) == 0
+        assert made[1].wait(timeout=10)
+
+    def test_an_exception_belongs_to_its_step(self):
+        def function(step):
+            if step == 1:
+                raise ValueError("one")
+            return step
+
+        prefetched = Prefetched(function)
+        assert prefetched(0) == 0
+        with pytest.raises(ValueError, match="one"):
+            prefetched(1)
+        assert prefetched(2) == 2
+
+    def test_a_copy_works_by_itself(self):
+        prefetched = Prefetched(abs)
+        prefetched(3)
+        assert copy.deepcopy(prefetched)(-4) == 4
+
+
+class TestData:
+    def test_the_folder_is_given_or_from_the_environment_or_in_the_home(self, monkeypatch, tmp_path):
+        monkeypatch.setenv(root.VARIABLE, str(tmp_path))
+        assert data_root("here").name == "here" and data_root() == tmp_path
+        monkeypatch.delenv(root.VARIABLE)
+        assert data_root().parts[-2:] == (".cache", "bilevel")
+
+    def test_omniglot_is_what_it_should_be(self, omniglot_root):
+        images = load_omniglot(omniglot_root)
+        assert images.shape == (1623, 20, 28, 28, 1) and images.dtype == torch.uint8
+        tasks = Omniglot(omniglot_root, num_validation=50)
+        assert {part: len(classes) for part, classes in tasks.classes.items()} == {
+            "train": 914,
+            "validation": 50,
+            "test": 659,
+        }
+        mixed = Omniglot(omniglot_root, split="random", num_validation=0, split_seed=1)
+        assert len(mixed.classes["train"]) == 1200 and len(mixed.classes["test"]) == 423
+        assert not set(mixed.classes["train"]) & set(mixed.classes["test"])
+        assert set(mixed.classes["test"]) != set(range(1200, 1623))
+
+    @pytest.mark.parametrize(("way", "known"), [(5, 0.476), (20, 0.281)])
+    def test_the_nearest_pixels_are_the_known_floor(self, omniglot_root, way, known):
+        episode = Omniglot(omniglot_root, way=way).draw("test", 300, 0)
+        floor = Mean.of(Classification().floor(episode))
+        assert abs(floor.value - known) < 2 * floor.half_width
+
+    def test_damage_is_told_in_one_sentence(self, omniglot_root, tmp_path):
+        content = (data_root(omniglot_root) / omniglot.FILE).read_bytes()
+        for damaged in (content[: len(content) // 2], b"", b"no archive at all"):
+            (tmp_path / omniglot.FILE).write_bytes(damaged)
+            with pytest.raises(UsageError, match=r"omniglot28.npz is damaged .*: remove it to have it made again"):
+                load_omniglot(tmp_path)
+        images = load_omniglot(omniglot_root).squeeze(-1).numpy().copy()
+        images[100, 3, 5, 5] ^= 1
+        np.savez(tmp_path / omniglot.FILE, images=images)
+        with pytest.raises(UsageError, match=r"damaged: the SHA-256 of its images is \w+... instead of 8784741eae4c"):
+            load_omniglot(tmp_path)
+
+    def test_a_missing_file_says_how_to_get_it(self, monkeypatch, tmp_path):
+        def offline(address, path):
+            raise OSError("no network here")
+
+        monkeypatch.setattr(root.urllib.request, "urlretrieve", offline)
+        with pytest.raises(
+            UsageError, match=r"images_background.zip is not in .* cannot be downloaded .*no network here"
+        ):
+            load_omniglot(tmp_path / "none")
+
+    def test_a_wrong_download_is_told_and_a_right_one_kept(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(root.urllib.request, "urlretrieve", lambda address, path: path.write_bytes(b"other"))
+        with pytest.raises(UsageError, match=r"is damaged: its MD5 was expected to be 68d2efa1"):
+            load_omniglot(tmp_path)
+        (tmp_path / "right").write_bytes(b"right")
+        root.fetch("nowhere", tmp_path / "right", hashlib.md5(b"right").hexdigest())
+
+    def test_official_archives_become_the_array(self, monkeypatch, tmp_path):
+        from PIL import Image
+
+        draw = np.random.default_rng(0)
+        bitmaps = draw.random((2, 3, 105, 105)) < 0.8  # True is paper
+        sums = {}
+        for name, character in zip(omniglot.ARCHIVES, bitmaps, strict=True):
+            with zipfile.ZipFile(tmp_path / name, "w") as archive:
+                for number, bitmap in enumerate(character):
+                    data = io.BytesIO()
+                    Image.fromarray(bitmap).save(data, "PNG")
+                    archive.writestr(f"images/Alphabet/character01/{number:04}_01.png", data.getvalue())
+            sums[name] = hashlib.md5((tmp_path / name).read_bytes()).hexdigest()
+        monkeypatch.setattr(omniglot, "ARCHIVES", sums)
+        images = load_omniglot(tmp_path)
+        assert images.shape == (2, 3, 28, 28, 1)
+        ink = 255 * (1 - bitmaps.mean((-2, -1)))
+        np.testing.assert_allclose(images.squeeze(-1).double().mean((-2, -1)), ink, atol=1.5)  # averages keep the mean
+        top_left = 255 * (1 - bitmaps[..., :4, :4].astype(float))
+        weights = np.full(4, 0.25)  # whole pixels only
+        np.testing.assert_allclose(images[..., 0, 0, 0], np.einsum("i,j,abij->ab", weights, weights, top_left), atol=1)
+        assert (tmp_path / omniglot.FILE).is_file()
+
+    @pytest.mark.parametrize(
+        ("changes", "sentence"),
+        [
+            ({"split": "offical"}, "data.split was expected to be 'official' or 'random', but is 'offical'"),
+            (
+                {"num_validation": 964},
+                "data.num_validation was expected to be from 0 to 963, of the 964 training characters",
+            ),
+        ],
+    )
+    def test_a_split_that_there_is_not_is_told(self, omniglot_root, changes, sentence):
+        with pytest.raises(UsageError, match=sentence):
+            Omniglot(omniglot_root, **changes)

@@ -1,0 +1,224 @@
+"""Networks of many tasks at once: the same numbers as one by one, and as torch's own layers, with their derivatives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import grad, gradcheck, gradgradcheck
+from torch.nn import functional
+
+from bilevel.errors import UsageError
+from bilevel.linalg import HessianOperator
+from bilevel.models import MLP, Conv4, ModuleNetwork, ResNet12, convolution, convolve, layers, normalise
+from bilevel.models.layers import normalised_convolution
+from bilevel.models.network import activation_of
+from bilevel.tree import Layout
+
+GEOMETRIES = [(3, 1, 0), (3, 2, 1), (3, 1, 1), (1, 1, 0), (2, 3, 1)]  # kernel, stride, padding
+WAYS = {"one product": {}, "in parts": {"CACHE": 1}, "by torch": {"_is_large": lambda *_: True}}
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    for name, value in WAYS[request.param].items():
+        monkeypatch.setattr(convolution, name, value)
+    return request.param
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), GEOMETRIES)
+def test_convolutions_of_tasks_are_torchs_with_both_derivatives(way, kernel, stride, padding):
+    x, w = draw(3, 2, 7, 6, 2), draw(3, 4, kernel, kernel, 2, seed=1)
+    ours = convolve(x, w, stride, padding)
+    theirs = torch.stack(
+        [
+            functional.conv2d(a.permute(0, 3, 1, 2), b.permute(0, 3, 1, 2), None, stride, padding)
+            for a, b in zip(x, w, strict=True)
+        ]
+    )
+    torch.testing.assert_close(ours, theirs.permute(0, 1, 3, 4, 2), rtol=1e-12, atol=1e-12)
+    small, few = x[:2, :1, :5, :5].detach().requires_grad_(), w[:2, :2].detach().requires_grad_()
+    assert gradcheck(lambda a, b: convolve(a, b, stride, padding), (small, few))
+    assert gradgradcheck(lambda a, b: convolve(a, b, stride, padding), (small, few))
+
+
+def test_a_convolution_in_float32_takes_torchs_kernel_only_for_large_patches(monkeypatch):
+    calls = []
+    monkeypatch.setattr(convolution, "conv2d", lambda *args: calls.append(1) or functional.conv2d(*args))
+    x, w = draw(2, 3, 8, 8, 4).float(), draw(2, 4, 3, 3, 4).float()
+    small = convolve(x, w, 1, 1)
+    assert not calls
+    monkeypatch.setattr(convolution, "CACHE", 1)
+    torch.testing.assert_close(convolve(x, w, 1, 1), small, rtol=1e-5, atol=1e-5)
+    assert len(calls) == 2
+
+
+def test_shared_weights_serve_all_tasks():
+    x, w = draw(3, 2, 6, 6, 2), draw(4, 3, 3, 2, seed=1)
+    torch.testing.assert_close(
+        convolve(x, w, 2, 1), convolve(x, w.expand(3, -1, -1, -1, -1), 2, 1), rtol=1e-12, atol=1e-12
+    )
+    assert convolve(x[0], w, 2, 1).shape == (2, 3, 3, 4)
+
+
+def test_normalisation_is_torchs_with_three_derivatives():
+    x, gain, bias = draw(3, 10, 4), draw(3, 4, seed=1), draw(3, 4, seed=2)
+    ours = normalise(x, gain, bias)
+    theirs = [
+        functional.batch_norm(*one[:1], None, None, *one[1:], training=True) for one in zip(x, gain, bias, strict=True)
+    ]
+    torch.testing.assert_close(ours, torch.stack(theirs), rtol=1e-12, atol=1e-12)
+    assert gradcheck(normalise, (x, gain, bias)) and gradgradcheck(normalise, (x, gain, bias))
+
+    def slope(*args):
+        (by_x,) = grad(normalise(*args).pow(3).sum(), args[0], create_graph=True)
+        return by_x.square().sum()
+
+    assert gradgradcheck(
+        slope, (x[:2, :5].detach().requires_grad_(), *(one[:2].detach().requires_grad_() for one in (gain, bias)))
+    )
+
+
+def test_normalisation_with_shared_gain_is_still_by_task():
+    x, gain, bias = draw(3, 10, 4), draw(4, seed=1), draw(4, seed=2)
+    torch.testing.assert_close(normalise(x, gain, bias)[1], normalise(x[1], gain, bias), rtol=1e-12, atol=1e-12)
+    assert gradcheck(normalise, (x, gain, bias))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_statistics_from_patches_are_those_of_the_outputs(monkeypatch, shared):
+    x = draw(3, 2, 7, 7, 1).detach()
+    params = {"a.weight": draw(3, 5, 3, 3, 1, seed=1), "a.gain": draw(3, 5, seed=2), "a.bias": draw(3, 5, seed=3)}
+    if shared:
+        params = {name: value[0].detach().requires_grad_() for name, value in params.items()}
+    results = []
+    for few in (layers.FEW, 0):
+        monkeypatch.setattr(layers, "FEW", few)
+        y = normalised_convolution(params, "a", x, 2, 1)
+        first = grad(y.pow(3).sum(), list(params.values()), create_graph=True)
+        second = grad(sum(one.square().sum() for one in first), list(params.values()))
+        results.append([y, *first, *second])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+NETWORKS = {
+    "conv4": (Conv4(3, num_filters=4, image_size=9, activation="softplus"), (4, 9, 9, 1)),
+    "conv4 relu": (Conv4(3, num_filters=4, image_size=9), (4, 9, 9, 1)),
+    "conv4 colour": (Conv4(3, num_filters=4, image_size=8, num_channels=3, num_layers=2), (4, 8, 8, 3)),
+    "resnet12": (ResNet12(3, widths=(3, 4)), (4, 6, 7, 1)),
+    "mlp": (MLP(2, 3, hidden=(5, 4), activation="tanh"), (6, 2)),
+    "mlp linear": (MLP(2, 3, hidden=()), (6, 2)),
+}
+
+
+def task_params(network, num_tasks):
+    one = network.init(0)
+    return {
+        name: value.double() + 0.1 * draw(num_tasks, *value.shape, seed=index).detach()
+        for index, (name, value) in enumerate(one.items())
+    }
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_tasks_at_once_are_the_tasks_one_by_one_with_products_of_their_hessians(name):
+    network, shape = NETWORKS[name]
+    params, inputs = task_params(network, 3), draw(3, *shape).detach()
+    layout = Layout.of(params, 1)
+    x, vector = layout.ravel(params, 1), draw(3, layout.size, seed=9).detach()
+    together = HessianOperator(lambda v: network(layout.unravel(v), inputs).tanh().pow(2).sum((-2, -1)), x)
+    assert network(params, inputs).shape[:2] == (3, shape[0])
+    product = together.mv(vector)
+    for task in range(3):
+        alone = HessianOperator(lambda v, t=task: network(layout.unravel(v), inputs[t]).tanh().pow(2).sum(), x[task])
+        torch.testing.assert_close(together.gradient[task], alone.gradient, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(product[task], alone.mv(vector[task]), rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_weights_of_one_task_are_shared_by_all(name):
+    network, shape = NETWORKS[name]
+    params, inputs = {key: value[0] for key, value in task_params(network, 1).items()}, draw(3, *shape).detach()
+    torch.testing.assert_close(network(params, inputs)[2], network(params, inputs[2]), rtol=1e-10, atol=1e-10)
+
+
+def test_conv4_is_the_network_of_the_papers():
+    network = Conv4(5)
+    params = {name: value.double() for name, value in network.init(3).items()}
+    blocks = []
+    for layer, channels in enumerate((1, 64, 64, 64)):
+        conv = torch.nn.Conv2d(channels, 64, 3, stride=2, padding=1, bias=False).double()
+        conv.weight.data = params[f"conv{layer}.weight"].permute(0, 3, 1, 2)
+        norm = torch.nn.BatchNorm2d(64, track_running_stats=False).double()
+        norm.weight.data, norm.bias.data = params[f"conv{layer}.gain"], params[f"conv{layer}.bias"]
+        blocks += [conv, norm, torch.nn.ReLU()]
+    features = torch.nn.Sequential(*blocks)
+    images = draw(10, 28, 28, 1).detach()
+    theirs = features(images.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1)
+    torch.testing.assert_close(network.features(params, images), theirs, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        network(params, images),
+        functional.linear(theirs, params["head.weight"], params["head.bias"]),
+        rtol=1e-9,
+        atol=1e-9,
+    )
+    assert sum(value.numel() for value in params.values()) == 9 * 64 + 3 * 9 * 64**2 + 8 * 64 + 257 * 5
+
+
+def test_starting_weights_follow_from_the_seed():
+    for network, _ in NETWORKS.values():
+        first, again, other = network.init(0), network.init(0), network.init(1)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+        assert any(not torch.equal(first[name], other[name]) for name in first)
+        assert all(value.dtype == torch.float32 for value in first.values())
+
+
+def test_a_module_is_a_network_of_one_task():
+    module = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.Flatten(), torch.nn.Linear(3 * 16, 4))
+    network = ModuleNetwork(module)
+    images = torch.rand(5, 6, 6, 2)
+    torch.testing.assert_close(network(network.init(0), images), module(images.permute(0, 3, 1, 2)))
+    assert not network.handles_tasks and set(network.init(0)) == {name for name, _ in module.named_parameters()}
+
+
+MISTAKES = [
+    (lambda: Conv4(0), r"Conv4 needs num_outputs >= 1, an integer, but got 0\."),
+    (lambda: Conv4(5, num_filters=2.5), "Conv4 needs num_filters >= 1, an integer, but got 2.5"),
+    (lambda: ResNet12(widths=()), r"ResNet12 needs widths of at least 1, but got \[\]"),
+    (lambda: MLP(hidden=(0,)), r"MLP needs widths of at least 1, but got \[1, 0, 1\]"),
+    (lambda: activation_of("rely"), "activation was expected to be a function of torch.nn.functional .* but is 'rely'"),
+    (lambda: ModuleNetwork(torch.nn.Linear), "ModuleNetwork was expected to get a torch.nn.Module, but got <class"),
+]
+
+
+@pytest.mark.parametrize(("mistake", "sentence"), MISTAKES)
+def test_a_mistake_is_told_in_one_sentence(mistake, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        mistake()
+
+
+def test_patches_and_their_transpose_are_adjoint():
+    for kernel, stride, padding in GEOMETRIES:
+        geometry = convolution.Geometry(kernel, stride, padding, 7, 6)
+        x = draw(2, 3, 7, 6, 2).detach()
+        patches = convolution.unfold(x, geometry)
+        other = torch.randn(patches.shape, dtype=torch.float64)
+        back = convolution.fold(other, geometry, 3)
+        torch.testing.assert_close((patches * other).sum(), (x * back).sum(), rtol=1e-12, atol=1e-12)
+
+
+def test_every_order_of_the_two_factors_of_a_product_is_right_in_float32():
+    """What a float32 model computes agrees with float64, whichever kernel took it."""
+    for number in (5, 75):
+        network = Conv4(5)
+        single = network.init(0)
+        images = torch.rand(2, number, 28, 28, 1, generator=torch.Generator().manual_seed(1))
+        double = {name: value.double() for name, value in single.items()}
+        per_task = [
+            {name: torch.stack([value, 1.1 * value]) for name, value in one.items()} for one in (single, double)
+        ]
+        outputs = network(per_task[0], images), network(per_task[1], images.double())
+        torch.testing.assert_close(outputs[0].double(), outputs[1], rtol=1e-3, atol=1e-4)
