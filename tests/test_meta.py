@@ -497,6 +497,13 @@ def test_a_run_stops_when_its_seconds_are_used():
         Trainer(max_seconds=0.0)
 
 
+def test_the_latest_step_is_the_best_of_a_run_of_episodes_and_patience_is_refused():
+    result = fit(sinusoids(), solver=SOLVER, hypergradient=Unrolled(), num_steps=5)
+    assert result.summary["best"]["step"] == 4
+    with pytest.raises(UsageError, match=r"trainer.patience=2 .* each step of this problem has an episode of its own"):
+        fit(sinusoids(), solver=SOLVER, hypergradient=Unrolled(), trainer=Trainer(patience=2))
+
+
 def test_training_lowers_the_error_of_new_tasks():
     problem = ProximalFewShot(Sinusoid(), MLP(hidden=(20, 20)), Regression(), num_tasks=10, strength=0.5).to(
         dtype=torch.float64

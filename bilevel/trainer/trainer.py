@@ -77,8 +77,8 @@ class Trainer:
         """
         if self.patience is not None and not setup.problem.is_comparable:
             raise UsageError(
-                f"trainer.patience={self.patience} compares the outer losses of steps, but each step of this problem has data "
-                "of its own: leave patience out, and choose num_steps or max_seconds."
+                f"trainer.patience={self.patience} compares the outer losses of steps, but each step of this problem has an "
+                "episode of its own: leave patience out, and choose num_steps or max_seconds."
             )
         while self.reason_to_stop(state) is None:
             record, hparams = self.step(setup, state)
