@@ -50,11 +50,11 @@ def library(
         error_estimate=None,
     )
     hparams = starting_hparams(problem)
-    flat, solver, start, _, _ = first_look(problem, solver, method, hparams)  # type: ignore[assignment]
+    flat, adapts, start, _, _ = first_look(problem, solver, method, hparams)
 
     def step() -> TensorDict:
-        state = start_method(method, flat, solver, start, hparams)
-        found = differentiate(method, flat, solver, start, hparams, StepBatches(problem, 0), state)
+        state = start_method(method, flat, adapts, start, hparams)
+        found = differentiate(method, flat, adapts, start, hparams, StepBatches(problem, 0), state)
         return {name.removeprefix("init."): value for name, value in found.gradient.items()}
 
     return step

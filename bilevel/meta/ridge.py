@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from bilevel.constraints import Constraint, Positive
-from bilevel.data import Episode, Examples, TaskSource
+from bilevel.data import Examples, TaskSource
 from bilevel.errors import UsageError
 from bilevel.meta.few_shot import BODY, FewShot, need_features, under
 from bilevel.meta.objectives import TaskObjective
@@ -88,11 +88,6 @@ class RidgeFewShot(FewShot):
         """`scale Z Z_support^T A + shift`."""
         weights = self._features(hparams, support.inputs).mT @ params["dual"]  # (*batch, D, O)
         return hparams["scale"] * (self._features(hparams, inputs) @ weights) + hparams["shift"]
-
-    def outer_loss(self, params: Tensors, hparams: Tensors, batch: Episode) -> Tensor:
-        """The loss on the query set."""
-        outputs = self.predict(params, hparams, batch.support, batch.query.inputs)
-        return self.objective.loss(outputs, batch.query.targets)
 
     def lower_curvature(self, hparams: Tensors) -> float:
         """The penalty: the quadratic's other part is positive semi-definite."""
