@@ -148,7 +148,7 @@ def torchopt_imaml(task: MetaTask) -> MetaStep:
 
     solver = torchopt.linear_solve.solve_normal_cg(maxiter=task.num_products, rtol=0.0, atol=0.0)
 
-    class Inner(ImplicitMetaGradientModule, linear_solve=solver):
+    class Inner(ImplicitMetaGradientModule, linear_solve=solver):  # type: ignore[call-arg, unused-ignore]
         def __init__(self, meta: nn.Module) -> None:
             super().__init__()
             self.meta = meta
