@@ -18,7 +18,7 @@ from bilevel.errors import UsageError
 from bilevel.report import report, write_report, write_sweep_report
 from bilevel.report.figures import plates
 from bilevel.report.load import find_runs, load_run
-from bilevel.report.style import is_log_worthy
+from bilevel.report.style import LIGHT, is_log_worthy
 from bilevel.report.sweep import differences
 
 
@@ -247,6 +247,69 @@ def test_a_damaged_file_is_named(tmp_path: Path, file: str, content: str) -> Non
     (run / file).write_text(content)
     with pytest.raises(UsageError, match=re.escape(str(run / file))):
         report(run)
+
+
+EVALUATION = {
+    "score": "accuracy",
+    "num_tasks": 40,
+    "inner_steps": [0, 1, 4],
+    "mean": [0.2, 0.7, 0.9],
+    "half_width": [0.03, 0.02, 0.01],
+    "floor": 0.47,
+}
+
+
+def make_few_shot(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    """A run that has scored test tasks, and kept some of them."""
+    run = make_run(folder)
+    summary = json.loads((run / "summary.json").read_text()) | {"evaluation": EVALUATION}
+    (run / "summary.json").write_text(json.dumps(summary))
+    save_file(tensors, run / "episodes.safetensors")
+    return run
+
+
+@pytest.mark.parametrize("num_channels", [1, 3])
+def test_a_few_shot_run_shows_images_with_their_predictions(tmp_path: Path, num_channels: int) -> None:
+    targets = torch.arange(3).repeat_interleave(4).expand(2, 12)
+    after = torch.nn.functional.one_hot(targets, 3).double()
+    after[1, 5] = torch.tensor([1.0, 0.0, 0.0])  # one of the second task is taken for A
+    tensors = {
+        "support.inputs": torch.rand(2, 3, 8, 8, num_channels),
+        "support.targets": torch.arange(3).expand(2, 3),
+        "query.inputs": torch.rand(2, 12, 8, 8, num_channels),
+        "query.targets": targets,
+        "outputs.before": torch.zeros(2, 12, 3),
+        "outputs.after": after,
+    }
+    run = make_few_shot(tmp_path / "run", {name: value.contiguous() for name, value in tensors.items()})
+    found = {plate.name: plate for plate in plates(load_run(run))}
+    assert list(found)[:4] == ["losses", "adaptation", "task_0", "task_1"] and "image_penalty.weight" not in found
+    assert "Right are 12 of 12; before adaptation 4" in found["task_0"].caption
+    assert "Right are 11 of 12" in found["task_1"].caption and "40 test tasks" in found["adaptation"].caption
+    figure = found["task_1"].paint(LIGHT)
+    assert [panel.get_title() for panel in figure.axes if panel.spines["top"].get_visible()] == ["A"]
+    Page(write_report(run))
+    assert all((run / "figures" / f"{name}.png").is_file() for name in ("adaptation", "task_0", "task_1"))
+
+
+def test_a_few_shot_run_of_curves_shows_them(tmp_path: Path) -> None:
+    tensors = {name: torch.rand(3, 6, 1) for name in ("query.inputs", "query.targets")}
+    tensors |= {name: torch.rand(3, 2, 1) for name in ("support.inputs", "support.targets")}
+    tensors |= {name: torch.rand(3, 6, 1) for name in ("outputs.before", "outputs.after")}
+    run = make_few_shot(tmp_path / "run", tensors)
+    assert [plate.name for plate in plates(load_run(run))][:3] == ["losses", "adaptation", "tasks"]
+    Page(write_report(run))
+    assert (run / "figures" / "tasks.png").is_file()
+
+
+def test_an_interval_is_a_band_of_its_metric_and_no_metric(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = [record | {"metrics.test_loss_half_width": 0.1} for record in records]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (metrics,) = (plate for plate in plates(load_run(run)) if plate.name == "metrics")
+    (panel,) = metrics.paint(LIGHT).axes
+    assert panel.collections and "95 % interval" in metrics.caption
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from bilevel.report.few_shot import adaptation, is_few_shot
 from bilevel.report.load import Run
 from bilevel.report.panels import curve, grid, step_axis
 from bilevel.report.receipts import receipts
@@ -23,6 +24,7 @@ from bilevel.tracking.format import number
 
 __all__ = ["plates"]
 
+HALF_WIDTH = "_half_width"  # of a metric's 95 % interval, beside it
 MAX_PANELS = 12
 MAX_LINES = 8
 MAX_IMAGES = 10
@@ -31,7 +33,7 @@ MIN_IMAGE = 16  # pixels: below that a square trailing size is a coincidence
 
 def plates(run: Run) -> list[Plate]:
     """The figures that the run's files can fill, in reading order."""
-    makers = (_losses, _metrics, _trajectories, _histograms, _images, receipts)
+    makers = (_losses, adaptation, _metrics, _trajectories, _histograms, _images, receipts)
     return [plate for maker in makers for plate in maker(run)]
 
 
@@ -66,17 +68,24 @@ def _paint_losses(run: Run, keys: Sequence[str], theme: Theme) -> Figure:
 
 
 def _metrics(run: Run) -> list[Plate]:
-    keys = [key for key in run.keys("metrics.") if run.series(key)[0].size][:MAX_PANELS]
+    keys = [key for key in run.keys("metrics.") if run.series(key)[0].size and not key.endswith(HALF_WIDTH)][
+        :MAX_PANELS
+    ]
     if not keys:
         return []
     caption = "The problem's own metrics at each outer step. They steer nothing: only the outer loss is minimised."
+    caption += " A band is a 95 % interval." * any(key + HALF_WIDTH in run.keys("metrics.") for key in keys)
     return [Plate("metrics", "Metrics", caption, partial(_paint_metrics, run, keys))]
 
 
 def _paint_metrics(run: Run, keys: Sequence[str], theme: Theme) -> Figure:
     figure, axes = grid(len(keys))
     for index, (key, panel) in enumerate(zip(keys, axes, strict=False)):
-        curve(panel, run, key, theme.series[index % len(theme.series)])
+        colour = theme.series[index % len(theme.series)]
+        curve(panel, run, key, colour)
+        (steps, values), (_, half) = run.series(key), run.series(key + HALF_WIDTH)
+        if len(half) == len(steps):
+            panel.fill_between(steps, values - half, values + half, color=colour, alpha=0.18, linewidth=0)
         panel.set_title(key.removeprefix("metrics.").replace("_", " "))
     return figure
 
@@ -168,7 +177,9 @@ def _paint_histograms(tensors: dict[str, NDArray[Any]], theme: Theme) -> Figure:
 
 def _images(run: Run) -> list[Plate]:
     """A heat map for every tensor whose trailing size is a square, as pixels of an image are."""
-    found = []
+    found: list[Plate] = []
+    if is_few_shot(run):  # weights of a network are no images
+        return found
     for name, values in run.hparams.items():
         size = values.shape[-1] if values.ndim else 1
         side = math.isqrt(size)

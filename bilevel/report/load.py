@@ -18,6 +18,7 @@ from bilevel.tracking.jsonl import read_metrics
 __all__ = ["Run", "find_runs", "is_run", "load_run", "load_sweep"]
 
 _RECORDS, _SUMMARY, _CONFIG, _HPARAMS = "metrics.jsonl", "summary.json", "config.yaml", "hparams.safetensors"
+_EPISODES = "episodes.safetensors"
 _MAX_DEPTH = 4  # of a run below its sweep's folder; a sweep over paths or nested overrides makes such trees
 
 _DTYPES = {
@@ -37,6 +38,7 @@ class Run:
         config_text: `config.yaml` as it stands, or empty.
         config: The same, parsed.
         hparams: Final hyperparameters in natural units, or empty.
+        episodes: Test tasks of a few-shot run: their sets, and outputs before and after adaptation; or empty.
     """
 
     directory: Path
@@ -45,6 +47,7 @@ class Run:
     config_text: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     hparams: dict[str, NDArray[Any]] = field(default_factory=dict)
+    episodes: dict[str, NDArray[Any]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -131,6 +134,7 @@ def load_run(directory: Path) -> Run:
         config_text=config_text,
         config=_parse_yaml(config_text),
         hparams=_read_tensors(directory / _HPARAMS),
+        episodes=_read_tensors(directory / _EPISODES),
     )
 
 
@@ -196,7 +200,7 @@ def _read_tensors(path: Path) -> dict[str, NDArray[Any]]:
         entries = safetensors.deserialize(path.read_bytes())
     except safetensors.SafetensorError as error:
         raise UsageError(
-            f"Expected final hyperparameters in {path}, but the file is damaged ({error}); remove it to report without."
+            f"Expected tensors in {path}, but the file is damaged ({error}); remove it to report without."
         ) from error
     arrays = ((name, _array(entry)) for name, entry in entries)
     return {name: array for name, array in sorted(arrays, key=lambda item: item[0]) if array is not None}
