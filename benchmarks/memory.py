@@ -19,7 +19,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from bilevel.problem import Problem
 from bilevel.solvers import GradientDescent
 from bilevel.tree import TensorDict
 
+MODULE = "benchmarks.memory"
 MB = 1e6
 WIDTH = 16
 EXAMPLES, QUICK_EXAMPLES = 160_000, 20_000
@@ -122,13 +123,21 @@ def reset_peak() -> None:
         pass
 
 
-def child(name: str, num_steps: int, num_examples: int) -> Row:
-    """One point, in this process."""
+def child(seconds_of: Callable[[str, int, int], float], name: str, num_steps: int, size: int, small: int) -> Row:
+    """One point, in this process.
+
+    Args:
+        seconds_of: makes one hypergradient by a method's name, with a number of inner steps, at a size of the problem.
+        name: of the method.
+        num_steps: inner steps.
+        size: of the problem.
+        small: the size at which it is made before, so that the libraries' own buffers exist.
+    """
     torch.set_num_threads(1)  # the question is memory: one thread a point leaves less to chance
-    one(name, 2, 100)
+    seconds_of(name, 2, small)
     reset_peak()
     baseline = max(resident(), peak())
-    seconds = one(name, num_steps, num_examples)
+    seconds = seconds_of(name, num_steps, size)
     return {
         "method": name,
         "inner steps": num_steps,
@@ -138,9 +147,9 @@ def child(name: str, num_steps: int, num_examples: int) -> Row:
     }
 
 
-def point(name: str, num_steps: int, num_examples: int) -> Row:
-    """One point, in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.memory", "--point", name, str(num_steps), str(num_examples)]
+def point(module: str, name: str, num_steps: int, size: int) -> Row:
+    """One point, in a fresh process of a benchmark's own."""
+    command = [sys.executable, "-m", module, "--point", name, str(num_steps), str(size)]
     environment = {**os.environ, **ALLOCATOR}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
@@ -162,8 +171,14 @@ def fit(rows: list[Row]) -> tuple[float, float]:
     return float(slope), float(intercept)
 
 
-def plot(rows: list[Row], path: Path) -> None:
-    """Memory against steps, both logarithmic; the fitted line goes on where nobody has that much memory."""
+def plot(rows: list[Row], path: Path, names: Sequence[str] = ("implicit", "unrolled")) -> None:
+    """Memory against steps, both logarithmic; the fitted line goes on where nobody has that much memory.
+
+    Args:
+        rows: all points.
+        path: of the picture.
+        names: what implicit differentiation and unrolling are called in it.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
@@ -174,7 +189,7 @@ def plot(rows: list[Row], path: Path) -> None:
 
     def paint(theme: Theme) -> Figure:
         figure, (axes,) = blank(1, 1, 3.2)
-        labels = {"implicit": "implicit", "unrolled": f"unrolled, {slope:.0f} MB a step (line: fitted)"}
+        labels = {"implicit": names[0], "unrolled": f"{names[1]}, {slope:.0f} MB a step (line: fitted)"}
         for name, colour in zip(labels, theme.series, strict=False):
             steps, megabytes = increments(rows, name)
             axes.plot(
@@ -199,13 +214,13 @@ def main(argv: list[str] | None = None) -> int:
     """Measure all points."""
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] == ["--point"]:
-        print(json.dumps(child(arguments[1], int(arguments[2]), int(arguments[3]))))
+        print(json.dumps(child(one, arguments[1], int(arguments[2]), int(arguments[3]), small=100)))
         return 0
     options = parse(str(__doc__).splitlines()[0], arguments, device=False)
     print("method, inner steps, MB above baseline, baseline MB, seconds")
     lengths = QUICK_STEPS if options.quick else STEPS
     num_examples = QUICK_EXAMPLES if options.quick else EXAMPLES
-    rows = [point(name, steps, num_examples) for name, several in lengths.items() for steps in several]
+    rows = [point(MODULE, name, steps, num_examples) for name, several in lengths.items() for steps in several]
     print()
     print(table(rows))
     if options.quick:

@@ -526,12 +526,35 @@ def test_where_tolerances_adapt_the_first_steps_of_a_run_are_told():
         ({"solver": "lbfgs"}, "solver was expected to be an inner solver"),
         ({"tolerance": 0}, "tolerance above 0"),
         ({"tolerance": float("nan")}, "tolerance above 0"),
+        ({"seconds": 0}, "seconds above 0"),
         ({"solver": GradientDescent(learning_rate="rate")}, "is 'rate'"),
     ],
 )
 def test_check_refuses_what_it_cannot_look_at(options, said):
     with pytest.raises(UsageError, match=said):
         check(Ridge(), **options)
+
+
+def test_a_certificate_that_takes_too_long_is_given_up_wherever_it_is(monkeypatch):
+    class Clock:
+        """A second passes with each look at it."""
+
+        now = 0.0
+
+        def perf_counter(self):
+            self.now += 1.0
+            return self.now
+
+    whole = Clock()
+    monkeypatch.setattr("bilevel.diagnostics.deadline.time", whole)
+    assert check(Logistic(), seconds=1e9).verdict is Verdict.sound
+    places = set()
+    for looks in (*range(8), whole.now - 2):
+        monkeypatch.setattr("bilevel.diagnostics.deadline.time", Clock())
+        with pytest.raises(UsageError, match="not done after .* seconds, while .*fewer tasks") as told:
+            check(Logistic(), seconds=looks + 0.5)
+        places.add(re.search("while ([a-z]+)", str(told.value))[1])
+    assert places == {"refining", "solving", "comparing"}
 
 
 # --- sound problems ---------------------------------------------------------------------------------------------------

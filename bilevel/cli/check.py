@@ -65,6 +65,7 @@ def _check(config: dict[str, Any]) -> int:
         declared=options.get("declared") or {},
         tolerance=float(options.get("tolerance", 1e-2)),
         seed=settings.seed,
+        seconds=options.get("seconds"),
     )
     print(table(certificate, f"hypergradient of {settings.name}"))
     folder = new_run_directory(Path(settings.output_dir) / "checks", settings.name).path

@@ -9,6 +9,7 @@ from enum import Enum
 from typing import Any
 
 from bilevel.diagnostics.checks import CHECKS, one_function
+from bilevel.diagnostics.deadline import Deadline
 from bilevel.diagnostics.finding import TITLES, Flaw, Limits, Row
 from bilevel.diagnostics.methods import Point, best_of, every_method
 from bilevel.diagnostics.subject import Subject
@@ -134,6 +135,7 @@ def check(
     declared: Mapping[str, str] | None = None,
     tolerance: float = 1e-2,
     seed: int = 0,
+    seconds: float | None = None,
 ) -> Certificate:
     r"""Certify the hypergradient of a problem, in float64 and at the problem's own solution.
 
@@ -152,10 +154,11 @@ def check(
         declared: findings that are expected, by name, each with its reason; others fail, and so does one that is absent.
         tolerance: relative error of the hypergradient that passes.
         seed: of the random directions.
+        seconds: when to give up; None for never.
 
     Raises:
-        UsageError: a declared name is no finding, the tolerance is not above 0, `hparams` are not those of the problem, or the
-            parts do not fit each other.
+        UsageError: the seconds are over; a declared name is no finding, the tolerance is not above 0, `hparams` are not those
+            of the problem, or the parts do not fit each other.
 
     Example:
         >>> import torch
@@ -182,7 +185,7 @@ def check(
     solver = default_solver(problem) if solver is None else solver
     method = Implicit.auto() if hypergradient is None else hypergradient
     check_arguments(problem, solver, method)
-    subject = Subject.of(problem, solver, method, hparams, seed)
+    subject = Subject.of(problem, solver, method, hparams, seed, Deadline(seconds))
     rows, limits = [], Limits(tolerance)
     rows.append(one_function(subject, limits))  # outside the solve, inside of which nothing would be seen
     with subject.flat.purity.solve():

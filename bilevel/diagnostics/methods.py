@@ -101,6 +101,7 @@ def _points(subject: Subject, trials: Iterator[Trial]) -> Iterator[Point]:
     """Until a method refuses, fails, or has nothing more to gain."""
     start, exact = subject.refined.detach(), subject.exact
     for method, solver, recorded in trials:
+        subject.deadline.check("comparing the methods")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that a budget leaves a residual is what the picture shows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bilevel.constraints import Bijections
+from bilevel.diagnostics.deadline import Deadline, TimedOperator
 from bilevel.diagnostics.resolved import Measured, directional_derivatives, pull_to_raw
 from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem, StepBatches
@@ -21,14 +22,15 @@ from bilevel.hypergradient.trial import first_look, given_hparams
 from bilevel.linalg import GMRES, MINRES, DenseLU, Tag
 from bilevel.linearisation import Linearisation, linearise
 from bilevel.problem import Problem
-from bilevel.result import Solution
+from bilevel.result import Result, Solution
 from bilevel.rng import generator, normal
-from bilevel.solvers import LBFGS, InnerSolution, InnerSolver, run
+from bilevel.solvers import LBFGS, InnerSolution, InnerSolver, Objective, run
 from bilevel.tree import Layout, TensorDict
 
 DENSE_LIMIT = 800  # parameters up to which the inner Hessian is built as a matrix
 MAX_NEWTON = 30
 MAX_DESCENT = 5000
+BETWEEN = 50  # steps of it between two looks at the clock
 CANCELLED = 1e-3  # of the terms of a hypergradient: where they cancel further, what they leave counts as zero
 ASIDE = 0.1  # of the size of a solution: how far from it the terms are looked at, too
 
@@ -46,6 +48,7 @@ class Subject:
         batches: of outer step 0.
         paths: of each hyperparameter to the outer loss.
         seed: of random directions.
+        deadline: when to give up.
     """
 
     problem: Problem
@@ -56,6 +59,7 @@ class Subject:
     batches: StepBatches
     paths: dict[str, set[str]]
     seed: int = 0
+    deadline: Deadline = field(default_factory=lambda: Deadline(None))
 
     @classmethod
     def of(
@@ -65,6 +69,7 @@ class Subject:
         method: HypergradientMethod,
         hparams: Mapping[str, Any] | None,
         seed: int = 0,
+        deadline: Deadline | None = None,
     ) -> Subject:
         """Copy the problem, move the copy to float64, and look at its starting values.
 
@@ -82,7 +87,7 @@ class Subject:
                 f"{error} A certificate is made in float64, whatever the problem's own: hold tensors as attributes, which are "
                 "moved, or make them in the dtype of params."
             ) from error.__cause__
-        return cls(twin, solver, method, at, flat, batches, ways, seed)
+        return cls(twin, solver, method, at, flat, batches, ways, seed, deadline or Deadline(None))
 
     @cached_property
     def bijections(self) -> Bijections:
@@ -106,9 +111,19 @@ class Subject:
         objective = self.solver.conditions(self.flat.objective(self.batches.curvature))
         x = self.inner.params
         if objective.loss is not None:
-            with torch.no_grad():
-                x = run(LBFGS(max_steps=MAX_DESCENT, atol=1e-9), objective, x, self.hparams).params
+            x = self._downhill(objective, x)
         return self.refine(x, self.hparams)
+
+    def _downhill(self, objective: Objective, x: Tensor) -> Tensor:
+        solver, state = LBFGS(max_steps=MAX_DESCENT, atol=1e-9), None
+        for _ in range(MAX_DESCENT // BETWEEN):
+            self.deadline.check("refining the inner solution")
+            with torch.no_grad():
+                solution = run(solver, objective, x, self.hparams, state=state, max_steps=BETWEEN)
+            x, state = solution.params, solution.state
+            if solution.result is not Result.budget_spent:
+                break
+        return x
 
     @cached_property
     def at_refined(self) -> Linearisation:
@@ -161,7 +176,8 @@ class Subject:
 
     def linearise(self, params: Tensor, hparams: Mapping[str, Tensor]) -> Linearisation:
         """At any point, on the batch that all products share."""
-        return linearise(self.flat, self.solver, params.detach(), hparams, self.batches.curvature)
+        found = linearise(self.flat, self.solver, params.detach(), hparams, self.batches.curvature)
+        return replace(found, operator=TimedOperator(found.operator, self.deadline))
 
     def hypergradient(self, at: Linearisation) -> tuple[Tensor, Solution]:
         """The theorem's formula at a point with an accurate linear solve, and that solve."""

@@ -1,0 +1,105 @@
+"""Implicit MAML beside first-order MAML on Omniglot: accuracy of the same 1,000 test tasks after the same time of training.
+
+    python -m benchmarks.meta_accuracy --folder outputs/meta_accuracy          (an hour; goes on where it was cut short)
+
+Every run is a process of its own, `python -m experiments.train experiment=NAME seed=S trainer.max_seconds=600`, one after the
+other on all cores. The interval is that of the paired difference: the tasks are the same for all runs, and each counts with the
+mean over the seeds. Differences of single seeds stand beside it, for three seeds say little of the spread over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import Claim, Row, finish, parse, table
+from bilevel.meta import Mean
+
+OURS, OTHER = "imaml_omniglot", "fomaml_omniglot"
+ENDLESS = 1_000_000
+QUICK = (
+    "callbacks.evaluation.num_tasks=4",
+    "callbacks.evaluation.every=null",
+    "problem.num_tasks=2",
+    "model.num_filters=8",
+    "data.num_query=1",
+)
+
+
+def trained(experiment: str, seed: int, seconds: float, folder: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+    """The summary of a run: that of an earlier command, where it has ended."""
+    where = folder / f"{experiment}_{seed}"
+    found = sorted(where.glob("**/summary.json"))
+    if not found:
+        command = [sys.executable, "-m", "experiments.train", f"experiment={experiment}", f"seed={seed}"]
+        budget = [f"trainer.max_seconds={seconds:g}", f"trainer.num_steps={ENDLESS}"]
+        done = subprocess.run(
+            [*command, *budget, f"output_dir={where}", "tracking=none", *keys],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(f"{experiment} with seed {seed} failed:\n{done.stderr}")
+        found = sorted(where.glob("**/summary.json"))
+    summary: dict[str, Any] = json.loads(found[-1].read_text())
+    score = summary["evaluation"]
+    mean, half = score["mean"][-1], score["half_width"][-1]
+    print(f"{experiment}, seed {seed}: {mean:.4f} ± {half:.4f} after {summary['num_steps']} outer steps", flush=True)
+    return summary
+
+
+def each(summary: dict[str, Any]) -> Tensor:
+    """Scores of the test tasks, `(T,)`."""
+    return torch.tensor(summary["evaluation"]["each"], dtype=torch.float64)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train, and compare."""
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs (default: 0 1 2)")
+    own.add_argument("--seconds", type=float, default=600.0, help="of training, each run (default: 600)")
+    own.add_argument(
+        "--folder", type=Path, default=Path("outputs/meta_accuracy"), help="where the runs are, or will be"
+    )
+    options = parse(str(__doc__).splitlines()[0], argv, device=False, parents=[own])
+    seconds, keys = (3.0, QUICK) if options.quick else (options.seconds, ())
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch) if options.quick else options.folder
+        runs = {
+            (name, seed): trained(name, seed, seconds, folder, keys) for seed in options.seeds for name in (OURS, OTHER)
+        }
+    rows: list[Row] = []
+    for (name, seed), summary in runs.items():
+        figures = summary["evaluation"]
+        rows.append(
+            {
+                "experiment": name,
+                "seed": seed,
+                "outer steps": summary["num_steps"],
+                "accuracy": figures["mean"][-1],
+                "95 %": figures["half_width"][-1],
+                "floor": figures["floor"],
+            }
+        )
+    gaps = torch.stack([each(runs[OURS, seed]) - each(runs[OTHER, seed]) for seed in options.seeds])  # (S, T)
+    print(table(rows))
+    print(f"\n{OURS} minus {OTHER}, by seed: {', '.join(str(Mean.of(gap)) for gap in gaps)}")
+    pooled = Mean.of(gaps.mean(0))
+    print(f"all seeds, paired by task: {pooled}")
+    claims = [
+        Claim("upper end of the paired 95 % interval", pooled.value + pooled.half_width, 0.0, at_least=True),
+    ]
+    return finish(options, rows, [] if options.quick else claims, {"difference": [pooled.value, pooled.half_width]})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
