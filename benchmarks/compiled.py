@@ -31,7 +31,8 @@ from benchmarks.hypergradient import EXTRA, LARGE, PRODUCTS, SMALL, difference, 
 from benchmarks.operators import Network, convolutional, plain
 from benchmarks.peers import JAX, PEERS, Hypergradient, versions
 from benchmarks.task import Task
-from bilevel.flat import FlatProblem, StepBatches, natural_hparams
+from bilevel.batches import StepBatches
+from bilevel.flat import FlatProblem, natural_hparams
 from bilevel.hypergradient.method import outer_gradients
 from bilevel.linalg import ConjugateGradient
 from bilevel.linalg.compiled import CompiledDerivatives

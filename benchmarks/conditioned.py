@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bilevel.flat import FlatProblem, StepBatches
+from bilevel.batches import StepBatches
+from bilevel.flat import FlatProblem
 from bilevel.hypergradient.method import outer_gradients
 from bilevel.linalg import as_matrix
 from bilevel.linearisation import Linearisation, linearise

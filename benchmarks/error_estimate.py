@@ -37,7 +37,8 @@ from torch import Tensor
 
 from benchmarks.common import Claim, Row, finish, parse, table
 from benchmarks.conditioned import PROBLEMS, Regression, descend, truth_near, uniform
-from bilevel.flat import FlatProblem, StepBatches
+from bilevel.batches import StepBatches
+from bilevel.flat import FlatProblem
 from bilevel.hypergradient.error_estimate import ErrorEstimate, ErrorEstimator, Solved
 from bilevel.hypergradient.method import outer_gradients
 from bilevel.linalg import ConjugateGradient, as_matrix

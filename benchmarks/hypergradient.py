@@ -21,7 +21,8 @@ from torch import Tensor
 from benchmarks.common import Claim, Row, finish, interleaved, parse, table
 from benchmarks.peers import JAX, PEERS, PYTORCH, Hypergradient, versions
 from benchmarks.task import Task
-from bilevel.flat import FlatProblem, StepBatches
+from bilevel.batches import StepBatches
+from bilevel.flat import FlatProblem
 from bilevel.hypergradient import Implicit
 from bilevel.linalg import ConjugateGradient
 from bilevel.linalg.matmul import is_large, is_narrow, linear, prefers_onednn

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Claim, Row, finish, parse, table
-from bilevel.flat import FlatProblem, StepBatches
+from bilevel.batches import StepBatches
+from bilevel.flat import FlatProblem
 from bilevel.hypergradient import HypergradientMethod, Implicit, Unrolled
 from bilevel.linalg import ConjugateGradient
 from bilevel.problem import Problem

@@ -16,8 +16,8 @@ import torch
 
 from benchmarks.common import Claim, Row, finish, interleaved, parse, table
 from benchmarks.meta_peers import MetaTask, higher_maml, loop, torch_network, torchopt_imaml
+from bilevel.batches import StepBatches
 from bilevel.data import ClassEpisodes, Episode, Examples
-from bilevel.flat import StepBatches
 from bilevel.hypergradient import Implicit, differentiate, start_method
 from bilevel.hypergradient.negative_curvature import Truncate
 from bilevel.hypergradient.trial import first_look, starting_hparams

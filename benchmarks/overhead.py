@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 from benchmarks.common import Claim, Row, experiment_parts, finish, parse, table
+from bilevel.batches import StepBatches
 from bilevel.errors import ConvergenceWarning
-from bilevel.flat import FlatProblem, StepBatches
+from bilevel.flat import FlatProblem
 from bilevel.hypergradient import Implicit
 from bilevel.linalg import MINRES
 from bilevel.linearisation import linearise

@@ -78,13 +78,14 @@ def summary_of(name: str, rounds: Sequence[Row]) -> Row:
 
 def methods_of(name: str, keys: Sequence[str]) -> list[Row]:
     """Every method's forecast and its real hypergradient, in this process."""
+    from bilevel.batches import StepBatches
     from bilevel.cli.arguments import read_arguments
     from bilevel.cli.job import assemble
     from bilevel.cli.preflight import preflight
     from bilevel.cli.settings import Settings
     from bilevel.diagnostics import plan
     from bilevel.diagnostics.meter import peak_bytes, seconds_of
-    from bilevel.flat import FlatProblem, StepBatches, natural_hparams
+    from bilevel.flat import FlatProblem, natural_hparams
     from bilevel.hypergradient import differentiate, start_method
     from bilevel.tree import detach
 

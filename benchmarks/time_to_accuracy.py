@@ -31,8 +31,9 @@ from benchmarks.common import Claim, Row, finish, interleaved, parse, table
 from benchmarks.hypergradient import difference
 from benchmarks.peers import PEERS, Hypergradient, versions
 from benchmarks.task import Task, WeightDecay, draw_weights
+from bilevel.batches import StepBatches
 from bilevel.data import load_digits
-from bilevel.flat import FlatProblem, StepBatches, natural_hparams
+from bilevel.flat import FlatProblem, natural_hparams
 from bilevel.hypergradient.method import outer_gradients
 from bilevel.linalg import ConjugateGradient, DenseCholesky
 from bilevel.linearisation import Linearisation, linearise, linearise_compiled

@@ -1,6 +1,7 @@
 """Hypergradients one after the other, as an outer loop asks for them."""
 
-from bilevel.flat import FlatProblem, StepBatches
+from bilevel.batches import StepBatches
+from bilevel.flat import FlatProblem
 from bilevel.hypergradient import differentiate, start_method
 
 

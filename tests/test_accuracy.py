@@ -9,8 +9,9 @@ import torch
 from stepping import along
 
 from bilevel import Positive, Problem, fit
+from bilevel.batches import StepBatches
 from bilevel.errors import UsageError
-from bilevel.flat import FlatProblem, StepBatches, natural_hparams
+from bilevel.flat import FlatProblem, natural_hparams
 from bilevel.hypergradient import (
     SAMA,
     AdaptiveAccuracy,

@@ -7,8 +7,9 @@ import statistics
 import pytest
 import torch
 
+from bilevel.batches import StepBatches
 from bilevel.errors import UsageError
-from bilevel.flat import FlatProblem, StepBatches
+from bilevel.flat import FlatProblem
 from bilevel.hypergradient import error_estimate
 from bilevel.hypergradient.error_estimate import CORRECTION, ErrorEstimator, Solved
 from bilevel.hypergradient.method import outer_gradients

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.func import grad, hessian
 
+from bilevel.batches import StepBatches
 from bilevel.constraints import Positive
 from bilevel.errors import UsageError
-from bilevel.flat import FlatProblem, StepBatches
+from bilevel.flat import FlatProblem
 from bilevel.hypergradient import (
     SAMA,
     FiniteDifference,

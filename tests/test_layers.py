@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BASE = {"errors", "jsonable", "outcome", "tree", "result", "rng", "autodiff", "purity", "parts"}
 LINALG = BASE | {"linalg"}
 CORE = LINALG | {"implicit", "solvers"}
-PROBLEM = CORE | {"problem", "constraints", "broadcast", "flat", "receipt"}
+PROBLEM = CORE | {"problem", "constraints", "broadcast", "batches", "flat", "receipt"}
 ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(sorted(BASE), BASE),
     "linalg": BASE,
@@ -29,7 +29,8 @@ ALLOWED: dict[str, set[str]] = {
     "constraints": BASE,
     "broadcast": BASE,
     "problem": CORE | {"constraints", "broadcast"},
-    "flat": CORE | {"constraints", "problem"},
+    "batches": CORE | {"constraints", "broadcast", "problem"},
+    "flat": CORE | {"constraints", "problem", "batches"},
     "receipt": PROBLEM,
     "linearisation": PROBLEM,
     "preconditioner": PROBLEM | {"linearisation"},

@@ -13,9 +13,10 @@ import torch
 from torch.func import grad, jacrev
 
 from bilevel import Problem, UsageError, fit, hypergradient_at
+from bilevel.batches import StepBatches
 from bilevel.broadcast import Broadcast
 from bilevel.constraints import Positive, UnitInterval
-from bilevel.flat import FlatProblem, StepBatches, natural_hparams
+from bilevel.flat import FlatProblem, natural_hparams
 from bilevel.hypergradient import (
     SAMA,
     FixedAccuracy,

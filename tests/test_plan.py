@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from bilevel import Positive, Problem, fit, plan
+from bilevel.batches import StepBatches
 from bilevel.cli.main import main
 from bilevel.diagnostics import Budget, Forecast, cost
 from bilevel.diagnostics.bench import Bench, Candidate, reach
@@ -23,7 +24,7 @@ from bilevel.diagnostics.pilot import Made, Pilot
 from bilevel.diagnostics.planner import _steps_seconds
 from bilevel.diagnostics.trials import InnerTrial, Site, try_inner, try_linear, try_recorded
 from bilevel.errors import UsageError
-from bilevel.flat import FlatProblem, StepBatches, natural_hparams
+from bilevel.flat import FlatProblem, natural_hparams
 from bilevel.hypergradient import (
     AdaptiveAccuracy,
     ForwardMode,

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from bilevel.batches import StepBatches
 from bilevel.constraints import Positive
 from bilevel.errors import UsageError
-from bilevel.flat import FlatProblem, StepBatches, natural_hparams
+from bilevel.flat import FlatProblem, natural_hparams
 from bilevel.hypergradient import Implicit
 from bilevel.linalg import (
     POSITIVE_DEFINITE,

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from bilevel import check, hypergradient_at
+from bilevel.batches import StepBatches
 from bilevel.constraints import Bijections, Box, Positive, Real, Simplex, UnitInterval
 from bilevel.data import Minibatches, Split, load_digits
 from bilevel.errors import UsageError
-from bilevel.flat import FlatProblem, StepBatches
+from bilevel.flat import FlatProblem
 from bilevel.hypergradient import (
     FiniteDifference,
     ForwardMode,

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from bilevel.batches import StepBatches
 from bilevel.diagnostics.bench import Bench, Candidate
 from bilevel.diagnostics.candidates import MEASURED, candidates
 from bilevel.diagnostics.cost import NOTHING, Cost, Units
@@ -20,7 +21,7 @@ from bilevel.diagnostics.pilot import Job, Pilot, rehearse
 from bilevel.diagnostics.trials import InnerTrial, Site, try_inner
 from bilevel.diagnostics.units import measure_units
 from bilevel.errors import ConvergenceWarning, UsageError
-from bilevel.flat import StepBatches, natural_hparams
+from bilevel.flat import natural_hparams
 from bilevel.hypergradient import FixedAccuracy, HypergradientMethod, Implicit, default_solver
 from bilevel.problem import Problem
 from bilevel.solvers import GradientDescent, InnerSolver

@@ -11,20 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.batches import StepBatches
 from bilevel.constraints import Bijections
 from bilevel.diagnostics.deadline import Deadline, TimedOperator
 from bilevel.diagnostics.resolved import Measured, directional_derivatives, pull_to_raw
 from bilevel.errors import UsageError
-from bilevel.flat import FlatProblem, StepBatches
+from bilevel.flat import FlatProblem
 from bilevel.hypergradient import HypergradientMethod
 from bilevel.hypergradient.method import outer_gradients, solve_inner
 from bilevel.hypergradient.trial import first_look, given_hparams
 from bilevel.linalg import GMRES, MINRES, DenseLU, Tag
 from bilevel.linearisation import Linearisation, linearise
 from bilevel.problem import Problem
-from bilevel.result import Result, Solution
+from bilevel.result import Solution
 from bilevel.rng import generator, normal
-from bilevel.solvers import LBFGS, InnerSolution, InnerSolver, Objective, run
+from bilevel.solvers import LBFGS, InnerResult, InnerSolution, InnerSolver, Objective, run
 from bilevel.tree import Layout, TensorDict
 
 DENSE_LIMIT = 800  # parameters up to which the inner Hessian is built as a matrix
@@ -121,7 +122,7 @@ class Subject:
             with torch.no_grad():
                 solution = run(solver, objective, x, self.hparams, state=state, max_steps=BETWEEN)
             x, state = solution.params, solution.state
-            if solution.result is not Result.budget_spent:
+            if solution.result is not InnerResult.budget_spent:
                 break
         return x
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.batches import StepBatches
 from bilevel.diagnostics.cost import Cost, Line, Recorded, Units
 from bilevel.diagnostics.meter import peak_bytes, seconds_of
-from bilevel.flat import FlatProblem, StepBatches
+from bilevel.flat import FlatProblem
 from bilevel.hypergradient import (
     Hypergradient,
     HypergradientMethod,

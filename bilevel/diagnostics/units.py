@@ -8,10 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from bilevel.batches import StepBatches
 from bilevel.diagnostics.cost import Units
 from bilevel.diagnostics.meter import peak_bytes, seconds_of
 from bilevel.diagnostics.trials import Site
-from bilevel.flat import FlatProblem, StepBatches
+from bilevel.flat import FlatProblem
 from bilevel.hypergradient import Implicit, differentiate
 from bilevel.hypergradient.method import outer_gradients
 from bilevel.linalg import GMRES, MINRES, LinearSolver, Tag

@@ -33,8 +33,8 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
+from bilevel.batches import StepBatches
 from bilevel.errors import UsageError
-from bilevel.flat import StepBatches
 from bilevel.hypergradient.method import outer_gradients
 from bilevel.linalg import Tag
 from bilevel.linalg.recycling import Subspace, WatchedOperator

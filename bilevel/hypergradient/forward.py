@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.autograd import grad
 from torch.func import jvp, vmap
 
+from bilevel.batches import StepBatches
 from bilevel.errors import UsageError
-from bilevel.flat import FlatProblem, StepBatches
+from bilevel.flat import FlatProblem
 from bilevel.hypergradient.method import (
     Hypergradient,
     HypergradientMethod,

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from bilevel.batches import StepBatches
 from bilevel.errors import UsageError
-from bilevel.flat import FlatProblem, StepBatches
+from bilevel.flat import FlatProblem
 from bilevel.hypergradient.accuracy import AdaptiveAccuracy
 from bilevel.hypergradient.adjoint import describe_linear, solve_adjoint
 from bilevel.hypergradient.damping import AdaptiveDamping, Damping, NoDamping

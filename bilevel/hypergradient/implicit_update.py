@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
-from bilevel.flat import FlatProblem, StepBatches
+from bilevel.batches import StepBatches
+from bilevel.flat import FlatProblem
 from bilevel.hypergradient.adjoint import describe_linear, solve_adjoint
 from bilevel.hypergradient.method import (
     Hypergradient,

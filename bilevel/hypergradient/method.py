@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from bilevel.batches import StepBatches
 from bilevel.errors import UsageError
-from bilevel.flat import FlatProblem, StepBatches
+from bilevel.flat import FlatProblem
 from bilevel.hypergradient.accuracy import Accuracy, FixedAccuracy
 from bilevel.linearisation import leaves
 from bilevel.receipt import Receipt

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
+from bilevel.batches import StepBatches
 from bilevel.errors import UsageError
-from bilevel.flat import FlatProblem, StepBatches
+from bilevel.flat import FlatProblem
 from bilevel.hypergradient.method import Hypergradient, HypergradientMethod
 from bilevel.linearisation import leaves
 from bilevel.result import Result

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bilevel.batches import StepBatches, named_parts
 from bilevel.broadcast import Broadcast
 from bilevel.constraints import Bijections
 from bilevel.errors import UsageError
-from bilevel.flat import FlatProblem, StepBatches, named_parts, natural_hparams
+from bilevel.flat import FlatProblem, natural_hparams
 from bilevel.hypergradient.method import HypergradientMethod
 from bilevel.hypergradient.paths import find_paths
 from bilevel.problem import Problem

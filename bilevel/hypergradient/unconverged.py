@@ -10,8 +10,9 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
+from bilevel.batches import StepBatches
 from bilevel.errors import ConvergenceWarning, NumericalError, UsageError
-from bilevel.flat import FlatProblem, StepBatches
+from bilevel.flat import FlatProblem
 from bilevel.hypergradient.method import Hypergradient, solve_inner
 from bilevel.hypergradient.unrolled import Unrolled
 from bilevel.solvers import InnerResult, InnerSolution, InnerSolver

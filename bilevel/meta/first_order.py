@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
-from bilevel.flat import FlatProblem, StepBatches
+from bilevel.batches import StepBatches
+from bilevel.flat import FlatProblem
 from bilevel.hypergradient import Hypergradient, HypergradientMethod
 from bilevel.hypergradient.method import MethodState, describe, outer_gradients, solve_without_graph
 from bilevel.linearisation import inner_value, leaves

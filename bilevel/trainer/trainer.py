@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.batches import StepBatches
 from bilevel.errors import UsageError
-from bilevel.flat import StepBatches
 from bilevel.hypergradient import Hypergradient, check_not_all_zero, differentiate
 from bilevel.parts import check_parts
 from bilevel.result import Result
