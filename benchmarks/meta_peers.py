@@ -68,12 +68,15 @@ def torch_network(way: int, num_filters: int = 64, num_channels: int = 1) -> nn.
 
 
 def solve_cg(product: Callable[[Tensor], Tensor], vector: Tensor, num_steps: int) -> Tensor:
-    """Conjugate gradient from zero, a fixed number of steps."""
+    """Conjugate gradient from zero, a fixed number of steps; it ends where it meets negative curvature, like ours."""
     x, residual = torch.zeros_like(vector), vector
     direction, rho = vector, vector @ vector
     for _ in range(num_steps):
         image = product(direction)
-        length = rho / (direction @ image)
+        curvature = direction @ image
+        if curvature <= 0:
+            break
+        length = rho / curvature
         x, residual = x + length * direction, residual - length * image
         new_rho = residual @ residual
         direction, rho = residual + new_rho / rho * direction, new_rho
@@ -142,11 +145,11 @@ def loop(task: MetaTask, *, rebuild: bool) -> MetaStep:
 
 
 def torchopt_imaml(task: MetaTask) -> MetaStep:
-    """TorchOpt: `ImplicitMetaGradientModule`, as in its documentation."""
+    """TorchOpt: `ImplicitMetaGradientModule` with the same conjugate gradient."""
     import torchopt
     from torchopt.nn import ImplicitMetaGradientModule
 
-    solver = torchopt.linear_solve.solve_normal_cg(maxiter=task.num_products, rtol=0.0, atol=0.0)
+    solver = torchopt.linear_solve.solve_cg(maxiter=task.num_products, rtol=0.0, atol=0.0)
 
     class Inner(ImplicitMetaGradientModule, linear_solve=solver):  # type: ignore[call-arg, unused-ignore]
         def __init__(self, meta: nn.Module) -> None:

@@ -139,6 +139,20 @@ def start_of(problem):
     return problem.place(flatten_names(problem.init_hparams()))
 
 
+def test_strengths_by_patterns_are_those_of_their_tensors_and_the_first_that_fits_counts():
+    fixed = proximal(strength=11.0, strengths={"head": 6.0, "*.bias": 3.0}, learned=None)
+    strengths, _ = fixed.anchor(start_of(fixed))
+    assert {name: float(value) for name, value in strengths.items()} == {
+        name: 6.0 if name.startswith("head") else 3.0 if name.endswith("bias") else 11.0 for name in fixed.start
+    }
+    learned = proximal(strength=11.0, strengths={"head": 6.0}).init_hparams()
+    assert {name: float(value) for name, value in learned.items() if name != "init"} == {
+        "strength.conv0": 11.0,
+        "strength.conv1": 11.0,
+        "strength.head": 6.0,
+    }
+
+
 def test_a_wrong_anchor_is_told():
     class Wrong(Quadratics):
         def anchor(self, hparams):
@@ -175,6 +189,14 @@ def resolved(problem, hparams, solver):
 
 SOLVED = {
     "iMAML": (lambda: proximal(), NewtonCG(atol=1e-11, max_steps=100)),
+    "iMAML, a strength for each pattern": (
+        lambda: proximal(strength=11.0, strengths={"head": 6.0}, learned=None),
+        NewtonCG(atol=1e-11, max_steps=100),
+    ),
+    "iMAML, these learned": (
+        lambda: proximal(strength=11.0, strengths={"head": 6.0}),
+        NewtonCG(atol=1e-11, max_steps=100),
+    ),
     "ridge": (lambda: RidgeFewShot(characters(), conv(), num_tasks=3), NewtonCG(atol=1e-12, max_steps=100)),
     "sinusoid": (
         lambda: ProximalFewShot(
@@ -397,6 +419,18 @@ MISTAKES = [
     (
         lambda: ProximalFewShot(characters(), conv(), strength=0.0),
         "strength of the proximal term was expected to be above 0",
+    ),
+    (
+        lambda: ProximalFewShot(characters(), conv(), strengths={"head": "much"}),
+        "strength of the proximal term was expected to be above 0, but is 'much'",
+    ),
+    (
+        lambda: ProximalFewShot(characters(), conv(), strengths={"haed": 1.0}),
+        "'haed' in strengths fits none of the tensors conv0.weight",
+    ),
+    (
+        lambda: ProximalFewShot(characters(), conv(), strengths={"head": 1.0}, learned="shared"),
+        r"learned strength 'strength' were expected to start with the same, but have \[1.0, 2.0\]",
     ),
     (lambda: RidgeFewShot(characters(), conv(), penalty=-1.0), "penalty and scale were expected to be above 0"),
     (

@@ -9,13 +9,24 @@ from torch.nn import functional
 
 from bilevel.errors import UsageError
 from bilevel.linalg import HessianOperator
-from bilevel.models import MLP, Conv4, ModuleNetwork, ResNet12, convolution, convolve, layers, normalise
+from bilevel.models import (
+    MLP,
+    Conv4,
+    ModuleNetwork,
+    ResNet12,
+    conv4,
+    convolution,
+    convolve,
+    layers,
+    normalise,
+    resnet12,
+)
 from bilevel.models.layers import normalised_convolution
 from bilevel.models.network import activation_of
 from bilevel.tree import Layout
 
 GEOMETRIES = [(3, 1, 0), (3, 2, 1), (3, 1, 1), (1, 1, 0), (2, 3, 1)]  # kernel, stride, padding
-WAYS = {"one product": {}, "in parts": {"CACHE": 1}, "by torch": {"_is_large": lambda *_: True}}
+WAYS = {"one product": {}, "in parts": {"CACHE": 1}}
 
 
 @pytest.fixture(params=WAYS)
@@ -45,15 +56,39 @@ def test_convolutions_of_tasks_are_torchs_with_both_derivatives(way, kernel, str
     assert gradgradcheck(lambda a, b: convolve(a, b, stride, padding), (small, few))
 
 
-def test_a_convolution_in_float32_takes_torchs_kernel_only_for_large_patches(monkeypatch):
-    calls = []
-    monkeypatch.setattr(convolution, "conv2d", lambda *args: calls.append(1) or functional.conv2d(*args))
-    x, w = draw(2, 3, 8, 8, 4).float(), draw(2, 4, 3, 3, 4).float()
-    small = convolve(x, w, 1, 1)
-    assert not calls
-    monkeypatch.setattr(convolution, "CACHE", 1)
-    torch.testing.assert_close(convolve(x, w, 1, 1), small, rtol=1e-5, atol=1e-5)
-    assert len(calls) == 2
+@pytest.mark.parametrize(
+    ("module", "network", "side"), [(conv4, Conv4(3, 4, 8, 1, 2, "softplus"), 8), (resnet12, ResNet12(3, (2, 3)), 8)]
+)
+def test_tasks_of_many_images_are_taken_one_by_one_with_the_same_numbers(module, network, side, monkeypatch):
+    start = network.init(0)
+    layout = Layout.of(start)
+    x = layout.ravel(start).double().expand(3, -1) + 0.1 * draw(3, layout.size).detach()
+    images, vector = draw(3, 5, side, side, 1, seed=1).detach(), draw(3, layout.size, seed=2).detach()
+
+    def numbers():
+        operator = HessianOperator(lambda flat: network(layout.unravel(flat), images).square().sum((-2, -1)), x)
+        return operator.gradient.detach(), operator.mv(vector)
+
+    together, calls = numbers(), []
+    monkeypatch.setattr(module, "are_many", lambda inputs, weight: inputs.ndim == 5)
+    monkeypatch.setattr(layers.torch, "batch_norm", lambda *args, f=torch.batch_norm: calls.append(1) or f(*args))
+    for ours, theirs in zip(numbers(), together, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    assert calls
+
+
+@pytest.mark.parametrize(
+    ("inputs", "weight", "many"),
+    [
+        (torch.zeros(2, 25, 28, 28, 1), torch.zeros(2, 4, 3, 3, 1), True),
+        (torch.zeros(2, 5, 28, 28, 1), torch.zeros(2, 4, 3, 3, 1), False),  # few
+        (torch.zeros(2, 25, 28, 28, 1).double(), torch.zeros(2, 4, 3, 3, 1), False),  # torch has no fast kernels
+        (torch.zeros(2, 25, 28, 28, 1), torch.zeros(4, 3, 3, 1), False),  # one network for all
+        (torch.zeros(25, 28, 28, 1), torch.zeros(4, 3, 3, 1), False),  # one task
+    ],
+)
+def test_which_tasks_are_taken_one_by_one(inputs, weight, many):
+    assert layers.are_many(inputs, weight) is many
 
 
 def test_shared_weights_serve_all_tasks():

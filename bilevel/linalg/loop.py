@@ -261,7 +261,8 @@ class Loop:
         trusted = self.tolerance is None or bool((~looked_at | (progress.estimate > drift)).all())
         if self.tolerance is not None and progress.optimal is not None:
             trusted = False  # a least-squares residual is large, and is wanted itself
-        plain = self.status == Result.running.code
+        # A method that sees negative curvature has not moved: its residual is that before the step.
+        plain = (self.status == Result.running.code) | (self.status == Result.negative_curvature.code)
         if trusted and not refresh and bool((plain | ~looked_at).all()):
             return None, torch.where(progress.estimate.isfinite(), progress.estimate, torch.inf)
         residual = self.vector - self.system.mv(iterate)

@@ -65,7 +65,7 @@ class Adaptation:
 
 
 def evaluate(
-    problem: FlatProblem,
+    problem: FewShot | FlatProblem,
     solver: InnerSolver,
     hparams: Mapping[str, Tensor],
     *,
@@ -79,7 +79,7 @@ def evaluate(
     The tasks are fixed: each is drawn by itself, a function of `part`, `seed` and its own number.
 
     Args:
-        problem: a `FewShot` between vectors.
+        problem: a few-shot problem, or one between vectors.
         solver: adapts; its `max_steps` are the last number of steps.
         hparams: natural units.
         part: of the tasks.
@@ -90,10 +90,11 @@ def evaluate(
     Raises:
         UsageError: the problem is no few-shot problem.
     """
-    few_shot(problem)
+    flat = problem if isinstance(problem, FlatProblem) else FlatProblem.of(problem, hparams)
+    few_shot(flat)
     marks = sorted({0, solver.max_steps, *(step for step in steps if 0 <= step < solver.max_steps)})
     scores, floors = [], []
-    for group, episode in _groups(problem, part, num_tasks, seed):
+    for group, episode in _groups(flat, part, num_tasks, seed):
         user = few_shot(group)
         floors.append(user.objective.floor(episode))
         scores.append(

@@ -19,6 +19,7 @@ differentiated the hypergradient method's:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -120,8 +121,14 @@ class ProximalFewShot(FewShot):
         tasks_at_once: tasks whose query losses are differentiated at a time.
         seed: of the starting weights and of the tasks.
         strength: of the term; its starting value where it is learned.
+        strengths: those of some tensors, by beginnings or patterns of their names, of which the first that fits counts:
+            `{"head": 0.5}` lets the head move further than the rest.
         learned: None holds the strength fixed; `shared`, `per_layer`, `per_tensor` or groups (see `Broadcast`) learn that
             many, as positive hyperparameters.
+
+    Raises:
+        UsageError: a strength is not above 0, a pattern fits no tensor, or tensors that are to share a learned strength have
+            different ones.
 
     Reference: Rajeswaran, Finn, Kakade and Levine (2019), "Meta-learning with implicit gradients".
     """
@@ -135,25 +142,32 @@ class ProximalFewShot(FewShot):
         tasks_at_once: int | None = 2,
         seed: int = 0,
         strength: float = 2.0,
+        strengths: Mapping[str, float] | None = None,
         learned: str | Groups | None = None,
     ) -> None:
         """Check the strength."""
         super().__init__(tasks, network, objective, num_tasks, tasks_at_once, seed)
-        if not strength > 0:
-            raise UsageError(f"the strength of the proximal term was expected to be above 0, but is {strength}.")
-        self.strength = strength
+        self.strengths = _of_tensors({**(strengths or {}), "*": strength}, self.start)
         self.broadcast = None if learned is None else Broadcast.of("strength", learned, self.start)
-        if learned is not None:
+        if self.broadcast is not None:
             self.constraints = {"strength": Positive()}  # type: ignore[misc]  # a hyperparameter of some objects only
+            _check_shared(self.broadcast, self.strengths)
 
     def init_hparams(self) -> dict[str, Any]:
         """The starting point, and the strengths that are learned."""
-        learned = {} if self.broadcast is None else self.broadcast.start(self.strength, next(iter(self.start.values())))
+        learned = {} if self.broadcast is None else self.broadcast.start(1.0, next(iter(self.start.values())))
+        for name, owner in ({} if self.broadcast is None else self.broadcast.owners).items():
+            learned[owner] = torch.full_like(learned[owner], self.strengths[name])
         return {INIT: dict(self.start), **learned}
 
     def anchor(self, hparams: Tensors) -> tuple[Any, TensorDict]:
         """The strengths and the starting point."""
-        return self.strength if self.broadcast is None else self.broadcast.expand(hparams), under(INIT, hparams)
+        centre = under(INIT, hparams)
+        if self.broadcast is not None:
+            return self.broadcast.expand(hparams), centre
+        if len(set(self.strengths.values())) == 1:
+            return next(iter(self.strengths.values())), centre
+        return {name: value.new_full((), self.strengths[name]) for name, value in centre.items()}, centre
 
 
 class HeadFewShot(FewShot):
@@ -234,3 +248,28 @@ def _episode(tasks: TaskSource, num_tasks: int, seed: int, step: int) -> tuple[E
     """The tasks of an outer step as inner and outer batch."""
     episode = tasks.draw("train", num_tasks, seed, step)
     return episode.support, episode
+
+
+def _of_tensors(patterns: Mapping[str, float], start: Tensors) -> dict[str, float]:
+    """The strength of each tensor; the last pattern fits all."""
+    for pattern, value in patterns.items():
+        if not (isinstance(value, int | float) and value > 0):
+            raise UsageError(f"the strength of the proximal term was expected to be above 0, but is {value!r}.")
+        if not any(_fits(name, pattern) for name in start):
+            raise UsageError(f"'{pattern}' in strengths fits none of the tensors {', '.join(start)}.")
+    return {name: float(next(v for pattern, v in patterns.items() if _fits(name, pattern))) for name in start}
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return name.startswith(pattern) or fnmatchcase(name, pattern)
+
+
+def _check_shared(broadcast: Broadcast, strengths: Mapping[str, float]) -> None:
+    """Refuse one learned strength for tensors that are to start with several."""
+    for owner in broadcast.shapes:
+        values = sorted({strengths[name] for name, other in broadcast.owners.items() if other == owner})
+        if len(values) > 1:
+            raise UsageError(
+                f"the tensors of the learned strength '{owner}' were expected to start with the same, but have {values}: learn "
+                "more of them (per_layer, per_tensor), or give these tensors one number."
+            )

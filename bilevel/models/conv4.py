@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from bilevel.errors import UsageError
-from bilevel.models.layers import normalised_convolution
+from bilevel.models.layers import are_many, each_task, normalised_convolution
 from bilevel.models.network import Activation, FeatureNetwork, Params, activation_of, conv_weights, linear_weights
 from bilevel.tree import TensorDict
 
@@ -65,6 +65,8 @@ class Conv4(FeatureNetwork):
 
     def features(self, params: Params, inputs: Tensor) -> Tensor:
         """The activations of the last convolution, flattened, `(*batch, N, D)`."""
+        if are_many(inputs, params["conv0.weight"]):
+            return each_task(self.features, params, inputs)
         x = inputs
         for layer in range(self.num_layers):
             x = self.activation(normalised_convolution(params, f"conv{layer}", x, stride=2, padding=1))

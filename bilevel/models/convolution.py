@@ -8,21 +8,18 @@ The derivatives of each of the three are the other two, so that Hessian products
 no more; torch's own double backward of grouped convolutions loops over the groups.
 
 Images are `(T, N, H, W, C)`, weights `(T, O, k, k, C)`: channels last, where a patch is a few runs of memory. A convolution
-is a product of matrices with the patches, of as many tasks in one call as keep those in the processor's cache; a task whose
-patches alone are too large for it is handed to torch's convolution.
+is a product of matrices with the patches, of as many tasks in one call as keep those in the processor's cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn.functional import conv2d
-
-aten = torch.ops.aten
 
 # Bytes of patches that are made and multiplied at a time on a CPU. Measured on Zen 4 with 1 MB of cache a core.
 CACHE = 5 * 2**19
@@ -70,7 +67,8 @@ def convolve(inputs: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) 
     """
     batch, images = inputs.shape[:-4], inputs.shape[-4:]
     if weight.ndim == 4:  # one convolution of all images
-        outputs = _last(conv2d(_first(inputs.reshape(-1, *images[1:])), _first(weight), None, stride, padding))
+        first = channels_first(inputs.reshape(-1, *images[1:]))
+        outputs = channels_last(conv2d(first, channels_first(weight), None, stride, padding))
         return outputs.reshape(*batch, -1, *outputs.shape[1:])
     geometry = Geometry(weight.shape[-2], stride, padding, *images[1:3])
     flat = inputs.reshape(-1, *images), weight.reshape(-1, *weight.shape[-4:])
@@ -83,8 +81,6 @@ class _Convolve(Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-        if _is_large(x, geometry, x.shape):
-            return _each(x, weight, lambda a, b: conv2d(a, b, None, geometry.stride, geometry.padding))
         rows, columns = geometry.places
         result = x.new_empty(*x.shape[:2], rows, columns, weight.shape[1])
         flat, factors = result.flatten(1, 3), weight.flatten(2).mT  # (T, N H' W', O), (T, k k C, O)
@@ -114,9 +110,6 @@ class _Spread(Function):
     @staticmethod
     def forward(grad: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
         shape = (*grad.shape[:2], geometry.height, geometry.width, weight.shape[-1])
-        if _is_large(grad, geometry, shape):
-            blank = _first(grad.new_empty(shape[1:]))
-            return _each(grad, weight, lambda a, b: _backward(a, blank, b, geometry, 0))
         flat, factors = grad.flatten(1, 3), weight.flatten(2)
         parts = list(_parts(grad, geometry, shape))
         folded = [fold(torch.bmm(flat[part], factors[part]), geometry, grad.shape[1]) for part in parts]
@@ -145,8 +138,6 @@ class _Correlate(Function):
     def forward(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
         kernel, channels = geometry.kernel, x.shape[-1]
         result = x.new_empty(len(grad), grad.shape[-1], kernel, kernel, channels)
-        if _is_large(x, geometry, x.shape):
-            return _each(grad, x, lambda a, b: _backward(a, b, _first(result[0]), geometry, 1))
         rows, flat = grad.flatten(1, 3).mT, result.flatten(2)  # (T, O, N H' W'), (T, O, k k C)
         for part in _parts(x, geometry, x.shape):
             torch.bmm(rows[part], unfold(x[part], geometry), out=flat[part])
@@ -201,36 +192,17 @@ def _patch_bytes(like: Tensor, geometry: Geometry, shape: tuple[int, ...]) -> in
     return shape[1] * rows * columns * geometry.kernel**2 * shape[-1] * like.element_size()
 
 
-def _is_large(like: Tensor, geometry: Geometry, shape: tuple[int, ...]) -> bool:
-    """Whether each task goes to torch's convolution: on a CPU in float32, for which oneDNN has one."""
-    is_onednn = like.device.type == "cpu" and like.dtype == torch.float32
-    return is_onednn and _patch_bytes(like, geometry, shape) > CACHE
-
-
 def _parts(like: Tensor, geometry: Geometry, shape: tuple[int, ...]) -> Iterator[slice]:
     """The tasks, as many at a time as keep their patches in cache on a CPU, else all."""
     size = shape[0] if like.device.type != "cpu" else max(1, CACHE // _patch_bytes(like, geometry, shape))
     return (slice(begin, begin + size) for begin in range(0, shape[0], size))
 
 
-def _each(first: Tensor, second: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """A function of channels-first views of each task's tensors; its results stacked, channels last."""
-    return torch.stack([_last(function(_first(a), _first(b))) for a, b in zip(first, second, strict=True)])
-
-
-def _first(images: Tensor) -> Tensor:
+def channels_first(images: Tensor) -> Tensor:
     """`(N, H, W, C)` as torch's `(N, C, H, W)` with the same memory."""
     return images.permute(0, 3, 1, 2)
 
 
-def _last(images: Tensor) -> Tensor:
+def channels_last(images: Tensor) -> Tensor:
     """And back."""
     return images.permute(0, 2, 3, 1)
-
-
-def _backward(grad: Tensor, images: Tensor, weight: Tensor, geometry: Geometry, which: int) -> Tensor:
-    """Torch's derivative of a convolution by its images (0) or its weights (1), of which then only the shape matters."""
-    s, p = [geometry.stride] * 2, [geometry.padding] * 2
-    mask = [which == 0, which == 1, False]
-    result: Tensor = aten.convolution_backward(grad, images, weight, None, s, p, [1, 1], False, [0, 0], 1, mask)[which]
-    return result

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
-from bilevel.models.convolution import Geometry, convolve, unfold
+from bilevel.models.convolution import Geometry, channels_first, channels_last, convolve, unfold
 from bilevel.models.network import Params
 from bilevel.models.normalisation import normalise
 
 EPS = 1e-5
+MANY = 15_000  # pixels of a task's images, from which on it is faster by itself on a CPU, by torch's own kernels
 FEW = 16  # numbers in a patch, up to which statistics of outputs are worked out from those of the patches
 
 
@@ -33,6 +37,9 @@ def normalised_convolution(
         `(*batch, N, H', W', O)`.
     """
     weight, gain, bias = (params[f"{name}.{part}"] for part in ("weight", "gain", "bias"))
+    if inputs.ndim == weight.ndim == 4:  # one task
+        outputs = channels_first(convolve(inputs, weight, stride, padding))
+        return channels_last(torch.batch_norm(outputs, gain, bias, None, None, True, 0.0, eps, False))
     if weight.shape[-1] * weight.shape[-2] ** 2 > FEW:
         outputs = convolve(inputs, weight, stride, padding)
         return normalise(outputs.flatten(-4, -2), gain, bias, eps).view(outputs.shape)
@@ -45,3 +52,20 @@ def normalised_convolution(
     scaled = columns * (gain.unsqueeze(-2) * (variance + eps).rsqrt())
     outputs = patches @ scaled + bias.unsqueeze(-2)
     return outputs.unflatten(-2, (inputs.shape[-4], *geometry.places))
+
+
+def are_many(inputs: Tensor, weight: Tensor) -> bool:
+    """Whether each task had better be by itself: tasks with weights of their own, and many images each, on a CPU in float32.
+
+    Args:
+        inputs: images, `(T, N, H, W, C)` if there are tasks.
+        weight: of a convolution.
+    """
+    is_onednn = inputs.device.type == "cpu" and inputs.dtype == torch.float32
+    return is_onednn and inputs.ndim == weight.ndim == 5 and inputs[0, ..., 0].numel() >= MANY
+
+
+def each_task(function: Callable[[Params, Tensor], Tensor], params: Params, inputs: Tensor) -> Tensor:
+    """A function of one task's weights and inputs, for one task after the other, stacked."""
+    results = [function({name: value[task] for name, value in params.items()}, one) for task, one in enumerate(inputs)]
+    return torch.stack(results)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import leaky_relu, max_pool2d
 
 from bilevel.errors import UsageError
-from bilevel.models.layers import normalised_convolution
+from bilevel.models.layers import are_many, each_task, normalised_convolution
 from bilevel.models.network import FeatureNetwork, Params, conv_weights, linear_weights
 from bilevel.tree import TensorDict
 
@@ -56,6 +56,8 @@ class ResNet12(FeatureNetwork):
 
     def features(self, params: Params, inputs: Tensor) -> Tensor:
         """Mean activations of the last block, `(*batch, N, D)`."""
+        if are_many(inputs, params["block0.conv0.weight"]):
+            return each_task(self.features, params, inputs)
         x = inputs
         for block in range(len(self.widths)):
             y = x
