@@ -43,7 +43,10 @@ bench: $(STAMP) ## the benchmarks; peers take part when the extra `peers` is ins
 	$(PYTHON) -m benchmarks.time_to_accuracy
 	$(PYTHON) -m benchmarks.damping
 	$(PYTHON) -m benchmarks.tuning
+	$(PYTHON) -m benchmarks.meta_gradient
 	$(PYTHON) -m benchmarks.meta_step
+	$(PYTHON) -m benchmarks.meta_memory
+	$(PYTHON) -m benchmarks.meta_accuracy
 
 clean: ## remove the environment and what runs have left
 	rm -rf $(VENV) outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

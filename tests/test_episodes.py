@@ -92,7 +92,33 @@ def test_rotations_are_classes_of_their_own_in_training_only():
     assert turns == {0, 1, 2, 3}
 
 
+@pytest.mark.parametrize("largest", [1, 3])
+def test_training_images_are_moved_each_by_its_own_and_others_are_not(largest):
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randint(1, 256, (12, 6, 5, 6, 2), generator=draw, dtype=torch.uint8)
+    still, moving = (ClassEpisodes(images, PARTS, 2, 1, 2, shift=shift) for shift in (0, largest))
+    assert torch.equal(still.draw("test", 4, 0).query.inputs, moving.draw("test", 4, 0).query.inputs)
+    still.rotations = moving.rotations = False
+    seen = set()
+    for seed in range(30):
+        before, after = (tasks.draw("train", 2, seed).query for tasks in (still, moving))
+        assert torch.equal(before.targets, after.targets)
+        for old, new in zip(before.inputs.flatten(0, 1), after.inputs.flatten(0, 1), strict=True):
+            padded = torch.nn.functional.pad(old, (0, 0, *(largest,) * 4))
+            fits = {
+                (down, right)
+                for down in range(-largest, largest + 1)
+                for right in range(-largest, largest + 1)
+                if torch.equal(padded[largest + down :, largest + right :][:5, :6], new)
+            }
+            assert len(fits) == 1
+            seen |= fits
+    assert len(seen) == (2 * largest + 1) ** 2
+
+
 MISTAKES = [
+    (dict(shift=4), "shift was expected to be from 0 to 3 pixels, below the images' side, but is 4"),
+    (dict(shift=0.5), "shift was expected to be from 0 to 3 pixels, below the images' side, but is 0.5"),
     (dict(way=8), "a task of 8 classes \\(way\\) cannot be drawn from the train part, which has 7: lower way"),
     (dict(way=3), "a task of 3 classes \\(way\\) cannot be drawn from the validation part, which has 2"),
     (

@@ -64,6 +64,7 @@ class ClassEpisodes(TaskSource):
         shot: support examples of a class.
         num_query: query examples of a class.
         rotations: whether each training class is also three more, turned by 90, 180 and 270 degrees.
+        shift: pixels by which each training image is moved at most, in both directions; what comes in is zero.
 
     Raises:
         UsageError: parts share classes, a part has fewer classes than a task, or a class fewer examples than one needs.
@@ -84,15 +85,22 @@ class ClassEpisodes(TaskSource):
         shot: int = 1,
         num_query: int = 15,
         rotations: bool = True,
+        shift: int = 0,
     ) -> None:
         """Check that tasks can be drawn."""
-        self.images, self.way, self.shot, self.num_query, self.rotations = images, way, shot, num_query, rotations
+        self.images, self.way, self.shot, self.num_query = images, way, shot, num_query
+        self.rotations, self.shift = rotations, shift
         self.classes = {part: np.array(list(chosen), dtype=np.int64) for part, chosen in classes.items()}
         for name, value in (("way", way), ("shot", shot), ("num_query", num_query)):
             if not isinstance(value, int) or value < (2 if name == "way" else 1):
                 raise UsageError(
                     f"{name} was expected to be an integer of at least {2 if name == 'way' else 1}, but is {value!r}."
                 )
+        side = min(images.shape[2:4])
+        if not isinstance(shift, int) or not 0 <= shift < side:
+            raise UsageError(
+                f"shift was expected to be from 0 to {side - 1} pixels, below the images' side, but is {shift!r}."
+            )
         _check_disjoint(classes)
         for part, chosen in self.classes.items():
             self.check_part(part)
@@ -125,6 +133,8 @@ class ClassEpisodes(TaskSource):
         images = self.images.numpy()[classes[..., None], examples.reshape(num_tasks, self.way, number)]
         for quarter in range(1, turns):  # images: (T, way, shot + num_query, H, W, C)
             images[turn == quarter] = np.rot90(images[turn == quarter], quarter, (2, 3))
+        if self.shift and part == "train":
+            images = _shifted(images, self.shift, source)
         inputs = images.astype(numpy_dtype()) / 255
         labels = np.broadcast_to(np.arange(self.way)[None, :, None], inputs.shape[:3])
 
@@ -141,6 +151,18 @@ def _without_replacement(rows: int, population: int, number: int, source: torch.
     smallest = np.argpartition(keys, number - 1)[:, :number] if number < population else np.arange(population)[None]
     order = np.argsort(np.take_along_axis(keys, np.broadcast_to(smallest, (rows, number)), 1), 1)
     return np.take_along_axis(np.broadcast_to(smallest, (rows, number)), order, 1)
+
+
+def _shifted(images: NDArray[np.uint8], largest: int, source: torch.Generator) -> NDArray[np.uint8]:
+    """Each image `(..., H, W, C)` moved by up to so many pixels along both sides."""
+    by = torch.randint(-largest, largest + 1, (2, *images.shape[:-3], 1), generator=source).numpy()
+    for axis, size in ((-3, images.shape[-3]), (-2, images.shape[-2])):
+        places = np.arange(size) + by[axis + 3]  # (..., size): where each row, or column, comes from
+        blank = (places < 0) | (places >= size)
+        spread = (..., slice(None), None, None) if axis == -3 else (..., None, slice(None), None)
+        moved = np.take_along_axis(images, places.clip(0, size - 1)[spread], axis)
+        images = np.where(blank[spread], np.uint8(0), moved)
+    return images
 
 
 def numpy_dtype() -> str:

@@ -43,6 +43,7 @@ class Omniglot(ClassEpisodes):
         shot: support images of a character.
         num_query: query images of a character.
         rotations: whether each training character is also three more, turned by 90, 180 and 270 degrees.
+        shift: pixels by which each training image is moved at most.
         num_validation: training characters that are kept for validation; the last ones of the official split.
         split_seed: of the random split.
 
@@ -59,12 +60,13 @@ class Omniglot(ClassEpisodes):
         shot: int = 1,
         num_query: int = 15,
         rotations: bool = True,
+        shift: int = 0,
         num_validation: int = 50,
         split_seed: int = 0,
     ) -> None:
         """Load and split."""
         classes = _split(split, num_validation, split_seed)
-        super().__init__(load_omniglot(root), classes, way, shot, num_query, rotations)
+        super().__init__(load_omniglot(root), classes, way, shot, num_query, rotations, shift)
 
 
 def load_omniglot(root: str | Path | None = None) -> Tensor:
