@@ -3,7 +3,8 @@
     python -m benchmarks.meta_accuracy --folder outputs/meta_accuracy          (an hour; goes on where it was cut short)
 
 Every run is a process of its own, `python -m experiments.train experiment=NAME seed=S trainer.max_seconds=600`, one after the
-other on all cores. The interval is that of the paired difference: the tasks are the same for all runs, and each counts with the
+other on all cores, with as many outer steps as a pilot of 40 says that fit: learning rates fall along a cosine, to zero at the
+last one. The interval is that of the paired difference: the tasks are the same for all runs, and each counts with the
 mean over the seeds. Differences of single seeds stand beside it, for three seeds say little of the spread over seeds.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -24,37 +26,38 @@ from benchmarks.common import Claim, Row, finish, parse, table
 from bilevel.meta import Mean
 
 OURS, OTHER = "imaml_omniglot", "fomaml_omniglot"
-ENDLESS = 1_000_000
-QUICK = (
-    "callbacks.evaluation.num_tasks=4",
-    "callbacks.evaluation.every=null",
-    "problem.num_tasks=2",
-    "model.num_filters=8",
-    "data.num_query=1",
-)
+PILOT = 40  # outer steps
+Keys = dict[str, object]
+UNSCORED: Keys = {f"callbacks.evaluation.{key}": value for key, value in (("num_tasks", 2), ("every", "null"))}
+QUICK: Keys = {**UNSCORED, "problem.num_tasks": 2, "model.num_filters": 8, "data.num_query": 1}
 
 
-def trained(experiment: str, seed: int, seconds: float, folder: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+def trained(experiment: str, seed: int, seconds: float, folder: Path, keys: Keys) -> dict[str, Any]:
     """The summary of a run: that of an earlier command, where it has ended."""
     where = folder / f"{experiment}_{seed}"
     found = sorted(where.glob("**/summary.json"))
     if not found:
-        command = [sys.executable, "-m", "experiments.train", f"experiment={experiment}", f"seed={seed}"]
-        budget = [f"trainer.max_seconds={seconds:g}", f"trainer.num_steps={ENDLESS}"]
-        done = subprocess.run(
-            [*command, *budget, f"output_dir={where}", "tracking=none", *keys],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise RuntimeError(f"{experiment} with seed {seed} failed:\n{done.stderr}")
-        found = sorted(where.glob("**/summary.json"))
+        with TemporaryDirectory() as scratch:
+            pilot = run(experiment, Path(scratch), {**keys, **UNSCORED, "trainer.num_steps": PILOT})
+        records = (json.loads(line) for line in (pilot.parent / "metrics.jsonl").read_text().splitlines())
+        each_step = statistics.median(record["seconds"] for record in records if "step" in record)
+        budget: Keys = {"trainer.max_seconds": seconds, "trainer.num_steps": int(seconds / each_step)}
+        found = [run(experiment, where, {**keys, **budget, "seed": seed})]
     summary: dict[str, Any] = json.loads(found[-1].read_text())
     score = summary["evaluation"]
     mean, half = score["mean"][-1], score["half_width"][-1]
     print(f"{experiment}, seed {seed}: {mean:.4f} ± {half:.4f} after {summary['num_steps']} outer steps", flush=True)
     return summary
+
+
+def run(experiment: str, where: Path, keys: Keys) -> Path:
+    """The summary that a run leaves."""
+    words = [f"{key}={value}" for key, value in {"experiment": experiment, "output_dir": where, **keys}.items()]
+    command = [sys.executable, "-m", "experiments.train", "tracking=none", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)} failed:\n{done.stderr}")
+    return sorted(where.glob("**/summary.json"))[-1]
 
 
 def each(summary: dict[str, Any]) -> Tensor:
@@ -71,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         "--folder", type=Path, default=Path("outputs/meta_accuracy"), help="where the runs are, or will be"
     )
     options = parse(str(__doc__).splitlines()[0], argv, device=False, parents=[own])
-    seconds, keys = (3.0, QUICK) if options.quick else (options.seconds, ())
+    seconds, keys = (3.0, QUICK) if options.quick else (options.seconds, {})
     with TemporaryDirectory() as scratch:
         folder = Path(scratch) if options.quick else options.folder
         runs = {

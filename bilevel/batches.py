@@ -86,6 +86,7 @@ def take(batch: Any, tasks: int | slice) -> Any:
     """The part of a batch, nested dictionaries, lists and tuples of tensors, that belongs to some tasks.
 
     Example:
+        >>> import torch
         >>> take({"x": torch.arange(6).view(3, 2)}, slice(1, 3))
         {'x': tensor([[2, 3],
                 [4, 5]])}

@@ -934,11 +934,12 @@ def run(tmp_path, capsys, *words):
     return status, out, json.loads(open(path).read()), path
 
 
-# The theorem speaks of solutions: an experiment that makes a fixed number of inner steps (atol 0) promises none.
+# The theorem speaks of solutions, and few-shot experiments make a fixed number of inner steps, which promise none; the one that
+# solves, r2d2_omniglot, has a network of ReLUs outside: kinks along its weights leave finite differences wrong by 1e-3.
 EXPERIMENTS = sorted(
     file.stem
     for file in (Path(__file__).parent.parent / "conf" / "experiment").glob("*.yaml")
-    if not re.search(r"^ *atol: 0\.0\b", file.read_text(), re.MULTILINE)
+    if "few_shot" not in file.read_text()
 )
 
 

@@ -49,8 +49,16 @@ def options(conf: Path) -> list[tuple[str, str]]:
 
 def described(conf: Path, group: str, option: str) -> list[tuple[str, dict[str, Any]]]:
     """The nodes with a `_target_` that a file itself holds, with their places; presets hold none."""
-    content = OmegaConf.to_container(OmegaConf.load(conf / group / f"{option}.yaml"), resolve=False)
-    return list(_nodes(content, f"{group}/{option}"))
+    return list(_nodes(_read(conf / group, option), f"{group}/{option}"))
+
+
+def _read(folder: Path, option: str) -> Any:
+    """A file with the keys of those of its group that it is based on, if it is a node itself."""
+    content = OmegaConf.to_container(OmegaConf.load(folder / f"{option}.yaml"), resolve=False)
+    if isinstance(content, Mapping) and "_target_" in content:
+        for base in (entry for entry in content.get("defaults", []) if isinstance(entry, str) and entry != "_self_"):
+            content = {**_read(folder, base), **content}
+    return content
 
 
 def _nodes(content: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -96,9 +96,8 @@ def test_rotations_are_classes_of_their_own_in_training_only():
 def test_training_images_are_moved_each_by_its_own_and_others_are_not(largest):
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(1, 256, (12, 6, 5, 6, 2), generator=draw, dtype=torch.uint8)
-    still, moving = (ClassEpisodes(images, PARTS, 2, 1, 2, shift=shift) for shift in (0, largest))
+    still, moving = (ClassEpisodes(images, PARTS, 2, 1, 2, rotations=False, shift=shift) for shift in (0, largest))
     assert torch.equal(still.draw("test", 4, 0).query.inputs, moving.draw("test", 4, 0).query.inputs)
-    still.rotations = moving.rotations = False
     seen = set()
     for seed in range(30):
         before, after = (tasks.draw("train", 2, seed).query for tasks in (still, moving))
@@ -117,6 +116,12 @@ def test_training_images_are_moved_each_by_its_own_and_others_are_not(largest):
 
 
 MISTAKES = [
+    (dict(images=marked().double()), r"a tensor of bytes .* but came as torch.float64 \(12, 6, 4, 4, 1\)"),
+    (dict(images=marked()[..., 0]), r"\(classes, examples, H, W, C\), but came as torch.uint8 \(12, 6, 4, 4\)"),
+    (dict(images=marked().numpy()), "a tensor of bytes .* but came as a ndarray"),
+    (dict(images=marked()[:, :, :3]), "rotations need square images, but these have 3 x 4 pixels"),
+    (dict(classes={"train": range(5), "test": range(9, 13)}), "class 12 of the test part is not among .* 12 classes"),
+    (dict(classes={"train": [0, 1, 1]}), "a class is in the train part twice"),
     (dict(shift=4), "shift was expected to be from 0 to 3 pixels, below the images' side, but is 4"),
     (dict(shift=0.5), "shift was expected to be from 0 to 3 pixels, below the images' side, but is 0.5"),
     (dict(way=8), "a task of 8 classes \\(way\\) cannot be drawn from the train part, which has 7: lower way"),
@@ -135,9 +140,9 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("changes", "sentence"), MISTAKES)
 def test_what_cannot_be_drawn_is_told_in_one_sentence(changes, sentence):
-    arguments = {"classes": PARTS, "way": 2, "shot": 1, "num_query": 2, **changes}
+    arguments = {"images": marked(), "classes": PARTS, "way": 2, "shot": 1, "num_query": 2, **changes}
     with pytest.raises(UsageError, match=sentence):
-        ClassEpisodes(marked(), **arguments)
+        ClassEpisodes(**arguments)
 
 
 def test_a_part_without_classes_is_told():
@@ -246,7 +251,11 @@ class TestData:
 
     def test_a_wrong_download_is_told_and_a_right_one_kept(self, monkeypatch, tmp_path):
         monkeypatch.setattr(root.urllib.request, "urlretrieve", lambda address, path: path.write_bytes(b"other"))
-        with pytest.raises(UsageError, match=r"is damaged: its MD5 was expected to be 68d2efa1"):
+        with pytest.raises(UsageError, match=r"sent is not images_background.zip: its MD5 was expected to be 68d2efa1"):
+            load_omniglot(tmp_path)
+        assert not list(tmp_path.iterdir())
+        (tmp_path / "images_background.zip").write_bytes(b"other")
+        with pytest.raises(UsageError, match=r"is damaged: its MD5 was expected to be 68d2efa1.* remove it"):
             load_omniglot(tmp_path)
         (tmp_path / "right").write_bytes(b"right")
         root.fetch("nowhere", tmp_path / "right", hashlib.md5(b"right").hexdigest())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -480,9 +481,10 @@ def test_evaluation_is_on_fixed_tasks_however_many_at_a_time():
     found = evaluate(setup.problem, setup.solver, hparams, num_tasks=10, seed=3, steps=(1, 7))
     again = evaluate(setup.problem.with_tasks(3), setup.solver, hparams, num_tasks=10, seed=3, steps=(1,))
     other = evaluate(setup.problem, setup.solver, hparams, num_tasks=10, seed=4, steps=(1,))
-    assert found.steps == (0, 1, 2) and found.scores.shape == (3, 10)
-    torch.testing.assert_close(found.scores, again.scores, rtol=1e-12, atol=1e-12)
-    assert not torch.allclose(found.scores, other.scores)
+    assert found.steps == (0, 1, 2, 7) and found.scores.shape == (4, 10) and found.num_steps == 2
+    assert torch.equal(found.each, found.scores[2]) and found.num_diverged == 0
+    torch.testing.assert_close(found.scores[:3], again.scores, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(found.scores[:3], other.scores)
     params, hand = {name.removeprefix("init."): value for name, value in hparams.items()}, []
     for number in range(10):
         episode = setup.problem.problem.tasks.draw("test", 1, 3, number)
@@ -514,6 +516,68 @@ def test_the_callback_records_validation_and_leaves_tables_and_pictures(tmp_path
     assert [row[0] for row in summary["baseline"]["rows"]][1:] == [f"after {n} inner steps" for n in (0, 1, 2)]
     tensors = load_file(tmp_path / "episodes.safetensors")
     assert tensors["outputs.after"].shape == tensors["query.targets"].shape == (2, 50, 1)
+
+
+def test_a_task_that_diverges_takes_no_other_with_it():
+    wild = GradientDescent(max_steps=60, atol=0.0, learning_rate=0.2)
+    together, alone = (
+        evaluate(problem, wild, start_of(problem), num_tasks=8, steps=(5,))
+        for problem in (
+            FewShot(Sinusoid(), MLP(hidden=(8,)), Regression(), num_tasks=number).to(dtype=torch.float64)
+            for number in (4, 1)
+        )
+    )
+    assert 0 < together.num_diverged < 8 and together.num_diverged == alone.num_diverged
+    torch.testing.assert_close(together.scores, alone.scores, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def test_evaluation_takes_what_the_outer_loop_takes():
+    rates = LearnedRateFewShot(Sinusoid(), MLP(hidden=(6,)), Regression(), num_tasks=3, rate=0.01).to(
+        dtype=torch.float64
+    )
+    named = evaluate(rates, replace(SOLVER, learning_rate="rate"), start_of(rates), num_tasks=4)
+    plain = evaluate(rates, replace(SOLVER, learning_rate=0.01), start_of(rates), num_tasks=4)
+    torch.testing.assert_close(named.scores, plain.scores)
+    looped = FewShot(characters(), OneTask(loops=True), num_tasks=3).to(dtype=torch.float64)
+    with pytest.warns(UserWarning, match="one after the other"):
+        found = evaluate(looped, SOLVER, start_of(looped), num_tasks=4)
+    together = FewShot(characters(), conv(), num_tasks=3).to(dtype=torch.float64)
+    torch.testing.assert_close(found.scores, evaluate(together, SOLVER, start_of(together), num_tasks=4).scores)
+
+
+def test_evaluation_draws_the_same_numbers_each_time_and_none_of_the_runs():
+    module = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
+    problem = FewShot(Sinusoid(), ModuleNetwork(module), Regression(), num_tasks=3).to(dtype=torch.float64)
+    before = torch.get_rng_state()
+    one, again = (evaluate(problem, SOLVER, start_of(problem), num_tasks=4, steps=(1,)) for _ in range(2))
+    torch.testing.assert_close(one.scores, again.scores, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_buffers_of_a_module_move_with_its_problem():
+    module = torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1)).float().eval()
+    problem = FewShot(Sinusoid(), ModuleNetwork(module), Regression(), num_tasks=2).to(dtype=torch.float64)
+    assert evaluate(problem, SOLVER, start_of(problem), num_tasks=2).scores.dtype == torch.float64
+
+
+def test_outputs_of_another_shape_than_their_targets_are_refused():
+    with pytest.raises(UsageError, match=r"shape of the targets, \(2, 5, 1\), but have \(2, 5, 3\)"):
+        Regression().loss(torch.zeros(2, 5, 3), torch.zeros(2, 5, 1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"num_pictures": -1}, "num_pictures >= 0, an integer, but got -1"),
+        ({"steps": (1, 0.5)}, "steps >= 0, an integer, but got 0.5"),
+        ({"seed": "x"}, "seed >= 0, an integer, but got 'x'"),
+        ({"max_steps": 0}, "max_steps >= 1"),
+        ({"every": 0}, "every >= 1"),
+    ],
+)
+def test_a_wrong_evaluation_is_refused_before_the_run(arguments, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        FewShotEvaluation(**arguments)
 
 
 def test_evaluation_of_another_problem_is_refused():

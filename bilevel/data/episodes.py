@@ -67,7 +67,8 @@ class ClassEpisodes(TaskSource):
         shift: pixels by which each training image is moved at most, in both directions; what comes in is zero.
 
     Raises:
-        UsageError: parts share classes, a part has fewer classes than a task, or a class fewer examples than one needs.
+        UsageError: the images are no bytes of that shape, parts share classes or name one that is not there, a part has fewer
+            classes than a task, or a class fewer examples than one needs.
 
     Example:
         >>> images = torch.zeros(12, 20, 28, 28, 1, dtype=torch.uint8)
@@ -88,6 +89,7 @@ class ClassEpisodes(TaskSource):
         shift: int = 0,
     ) -> None:
         """Check that tasks can be drawn."""
+        _check_images(images, rotations)
         self.images, self.way, self.shot, self.num_query = images, way, shot, num_query
         self.rotations, self.shift = rotations, shift
         self.classes = {part: np.array(list(chosen), dtype=np.int64) for part, chosen in classes.items()}
@@ -101,7 +103,7 @@ class ClassEpisodes(TaskSource):
             raise UsageError(
                 f"shift was expected to be from 0 to {side - 1} pixels, below the images' side, but is {shift!r}."
             )
-        _check_disjoint(classes)
+        _check_disjoint(classes, len(images))
         for part, chosen in self.classes.items():
             self.check_part(part)
             if len(chosen) and way > len(chosen):
@@ -170,10 +172,28 @@ def numpy_dtype() -> str:
     return str(torch.get_default_dtype()).removeprefix("torch.")
 
 
-def _check_disjoint(classes: Mapping[str, Sequence[int]]) -> None:
+def _check_images(images: Tensor, rotations: bool) -> None:
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 5:
+        came = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
+        raise UsageError(
+            f"images were expected to be a tensor of bytes (torch.uint8), (classes, examples, H, W, C), but came as {came}."
+        )
+    if rotations and images.shape[2] != images.shape[3]:
+        raise UsageError(
+            f"rotations need square images, but these have {images.shape[2]} x {images.shape[3]} pixels: rotations=False."
+        )
+
+
+def _check_disjoint(classes: Mapping[str, Sequence[int]], number: int) -> None:
     owner: dict[int, str] = {}
     for part, chosen in classes.items():
+        if len({int(one) for one in chosen}) < len(chosen):
+            raise UsageError(f"a class is in the {part} part twice: name each class once.")
         for one in chosen:
+            if not 0 <= int(one) < number:
+                raise UsageError(
+                    f"class {int(one)} of the {part} part is not among the images, which have {number} classes."
+                )
             if owner.setdefault(int(one), part) != part:
                 raise UsageError(
                     f"the parts of a few-shot data set must share no class, but class {int(one)} is in both {owner[int(one)]} "

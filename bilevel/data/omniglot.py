@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,7 @@ def load_omniglot(root: str | Path | None = None) -> Tensor:
     try:
         with np.load(path, allow_pickle=False) as content:
             images = content["images"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"{path} is damaged ({_reason(error)}): {_REMEDY}") from error
     found = hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()
     if found != SHA256:
@@ -139,7 +140,7 @@ def _split(split: str, num_validation: int, seed: int) -> dict[str, list[int]]:
 
 def _save(path: Path, images: np.ndarray) -> None:
     """Write the file whole or not at all; a folder that cannot be written to costs no more than the next conversion."""
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as handle:
             np.savez_compressed(handle, images=images, n_background=NUM_BACKGROUND)

@@ -29,23 +29,35 @@ def fetch(address: str, path: Path, md5: str) -> None:
     Raises:
         UsageError: it cannot be downloaded, or it is not the file that was expected.
     """
-    partial = path.with_suffix(path.suffix + ".partial")
-    if not path.is_file():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            urllib.request.urlretrieve(address, partial)
-            os.replace(partial, path)
-        except OSError as error:  # also what urllib raises
-            partial.unlink(missing_ok=True)
+    if path.is_file():
+        found = _md5(path)
+        if found != md5:
             raise UsageError(
-                f"{path.name} is not in {path.parent} and cannot be downloaded from {address} ({_reason(error)}): put the "
-                f"file there, or name the folder where it is with data.root=DIR or the variable {VARIABLE}."
-            ) from error
-    found = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-    if found != md5:
+                f"{path} is damaged: its MD5 was expected to be {md5}, but is {found}; remove it to have it downloaded again."
+            )
+        return
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # runs of a sweep may want it at the same time
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        urllib.request.urlretrieve(address, partial)
+        found = _md5(partial)
+        if found != md5:
+            raise UsageError(
+                f"what {address} sent is not {path.name}: its MD5 was expected to be {md5}, but is {found}; put the file into "
+                f"{path.parent} by hand, or name the folder where it is with data.root=DIR or the variable {VARIABLE}."
+            )
+        os.replace(partial, path)
+    except OSError as error:  # also what urllib raises
         raise UsageError(
-            f"{path} is damaged: its MD5 was expected to be {md5}, but is {found}; remove it to have it downloaded again."
-        )
+            f"{path.name} is not in {path.parent} and cannot be downloaded from {address} ({_reason(error)}): put the "
+            f"file there, or name the folder where it is with data.root=DIR or the variable {VARIABLE}."
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
 def _reason(error: OSError) -> str:

@@ -311,7 +311,7 @@ class _Estimation:
         """Solve after adding residuals to the span, by at most `limit` products, until it holds the solution."""
         found = self._complete(rhs)
         for _ in range(limit):
-            if found.outside <= RESOLVED or self.space.full:
+            if not found.outside > RESOLVED or self.space.full:  # nor does more help where it is not finite
                 break
             self.num_mv += 1
             self.space.extend(self.at.operator, found.residual)

@@ -133,9 +133,15 @@ class Subspace:
 
     @property
     def smallest(self) -> Tensor:
-        """Smallest size of a Ritz value, at least the smallest curvature if `A` is positive definite, `(*batch,)`."""
+        """Smallest size of a Ritz value, at least the smallest curvature if `A` is positive definite, `(*batch,)`.
+
+        NaN where the products were not finite, as those of a series that has diverged.
+        """
         scaled = self.vectors * columns(_inverse(self.curvature.abs()).sqrt())
-        return 1.0 / torch.linalg.eigvalsh(scaled @ scaled.mT)[..., -1]
+        gram = scaled @ scaled.mT
+        size = gram.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]  # LAPACK fails at what it cannot square
+        largest = torch.linalg.eigvalsh(torch.where(size.isfinite() & (size > 0), gram / size, 0.0))[..., -1]
+        return torch.where(size.isfinite()[..., 0, 0], 1.0 / (largest * size[..., 0, 0]), torch.nan)
 
     @property
     def definite(self) -> bool:
@@ -163,8 +169,10 @@ def _orthonormal(vectors: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
     A direction is dropped where its share of the (normalised) vectors is below `eps^(3/8)`, one in 10^6 in float64: the
     rounding of its product, which dividing by the share enlarges, then stays near `eps^(5/8)` of the operator's norm.
     """
-    size = _inverse(vectors.norm(dim=-1, keepdim=True))
-    vectors, products = vectors * size, products * size
+    size = vectors.norm(dim=-1, keepdim=True)
+    finite = (size * products.norm(dim=-1, keepdim=True)).isfinite()  # a solver that diverges has left others, too
+    size = torch.where(finite, _inverse(size), 0.0)
+    vectors, products = (torch.where(finite, part, 0.0) * size for part in (vectors, products))
     for _ in range(2):
         values, rotation = torch.linalg.eigh(vectors @ vectors.mT)
         kept = values > torch.finfo(values.dtype).eps ** 0.75 * values[..., -1:]

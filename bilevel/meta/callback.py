@@ -29,7 +29,7 @@ class FewShotEvaluation(Callback):
         num_tasks: test tasks at the end of the run; always the same ones for a `seed`.
         every: outer steps between evaluations on validation tasks; None makes none.
         num_validation_tasks: validation tasks each time; always the same ones.
-        steps: numbers of inner steps to score at the end, besides 0 and those of the inner solver.
+        steps: numbers of inner steps to score at the end, besides 0 and those of the inner solver; also larger ones.
         max_steps: inner steps of test and validation tasks; None takes the inner solver's.
         num_pictures: test tasks that the report shows.
         seed: of the tasks.
@@ -46,9 +46,15 @@ class FewShotEvaluation(Callback):
         seed: int = 0,
     ) -> None:
         """Check the numbers."""
-        for name, value in (("num_tasks", num_tasks), ("num_validation_tasks", num_validation_tasks), ("every", every)):
-            if not (isinstance(value, int) and value >= 1) and not (name == "every" and value is None):
-                raise UsageError(f"FewShotEvaluation needs {name} >= 1, an integer, but got {value!r}.")
+        least = {"num_tasks": 1, "num_validation_tasks": 1, "every": 1, "max_steps": 1, "num_pictures": 0, "seed": 0}
+        given = vars()
+        for name, value in [*((name, given[name]) for name in least), *(("steps", step) for step in steps)]:
+            if value is None and name in ("every", "max_steps"):
+                continue
+            if not isinstance(value, int) or value < least.get(name, 0):
+                raise UsageError(
+                    f"FewShotEvaluation needs {name} >= {least.get(name, 0)}, an integer, but got {value!r}."
+                )
         self.num_tasks, self.every, self.num_validation_tasks = num_tasks, every, num_validation_tasks
         self.steps, self.max_steps, self.num_pictures, self.seed = tuple(steps), max_steps, num_pictures, seed
 
@@ -71,8 +77,8 @@ class FewShotEvaluation(Callback):
         record[f"metrics.validation_{self.score}_half_width"] = found.final.half_width
 
     def on_end(self, summary: dict[str, Any]) -> None:
-        """Score the test tasks with the last hyperparameters; not where a run was interrupted, which will go on."""
-        if summary["num_steps"] == 0 or summary["stopped_because"] == "interrupted":
+        """Score the test tasks with the last hyperparameters; not where a run was cut short, which will go on."""
+        if summary["num_steps"] == 0 or not summary["finished"]:
             return
         started = time.perf_counter()
         hparams = self.run.latest()
@@ -92,7 +98,9 @@ class FewShotEvaluation(Callback):
             "mean": [one.value for one in curve],
             "half_width": [one.half_width for one in curve],
             "floor": Mean.of(found.floor).value,
-            "each": found.scores[-1].tolist(),  # for differences of two runs on the same tasks
+            "num_steps": found.num_steps,
+            "num_diverged": found.num_diverged,
+            "each": found.each.tolist(),  # for differences of two runs on the same tasks
             "seconds": seconds,
         }
 
@@ -113,7 +121,7 @@ class FewShotEvaluation(Callback):
         """A few test tasks: their sets, and outputs for the query inputs before and after adaptation."""
         group = self.problem.with_tasks(self.num_pictures)
         episode = fixed_tasks(few_shot(group), "test", range(self.num_pictures), self.seed)
-        before, after = adapt(group, self.solver, hparams, episode, (0, self.solver.max_steps))
+        before, after = adapt(group, self.solver, hparams, episode, (0, self.solver.max_steps)).outputs
         parts: dict[str, Examples] = {"support": episode.support, "query": episode.query}
         tensors = {f"{name}.{key}": value for name, part in parts.items() for key, value in part._asdict().items()}
         tensors |= {"outputs.before": before, "outputs.after": after}

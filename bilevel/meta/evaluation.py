@@ -5,14 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from bilevel.batches import take
 from bilevel.data import Episode, Examples
 from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem
+from bilevel.hypergradient.trial import first_look
 from bilevel.meta.few_shot import FewShot
+from bilevel.meta.first_order import FirstOrder
+from bilevel.problem import Problem
 from bilevel.solvers import InnerSolver, run
 
 Z95 = 1.959964  # half the width of a normal distribution's central 95 %, in standard deviations
@@ -52,16 +57,25 @@ class Adaptation:
         steps: inner steps made, ascending, 0 first.
         scores: after each of these numbers of steps, `(len(steps), T)`.
         floor: of something that learns nothing from other tasks, `(T,)`.
+        num_steps: those of the inner solver, one of `steps`, after which tasks count as adapted.
+        num_diverged: tasks whose inner solve diverged; they are scored where it stopped.
     """
 
     steps: tuple[int, ...]
     scores: Tensor
     floor: Tensor
+    num_steps: int
+    num_diverged: int = 0
+
+    @property
+    def each(self) -> Tensor:
+        """Scores of the adapted tasks, `(T,)`."""
+        return self.scores[self.steps.index(self.num_steps)]
 
     @property
     def final(self) -> Mean:
-        """After the last step."""
-        return Mean.of(self.scores[-1])
+        """Their mean."""
+        return Mean.of(self.each)
 
 
 def evaluate(
@@ -80,56 +94,87 @@ def evaluate(
 
     Args:
         problem: a few-shot problem, or one between vectors.
-        solver: adapts; its `max_steps` are the last number of steps.
+        solver: adapts, in `max_steps` steps.
         hparams: natural units.
         part: of the tasks.
         num_tasks: how many.
         seed: of the tasks.
-        steps: numbers of inner steps to score besides 0 and the last one.
+        steps: numbers of inner steps to score besides 0 and the solver's own, also larger ones.
 
     Raises:
         UsageError: the problem is no few-shot problem.
     """
-    flat = problem if isinstance(problem, FlatProblem) else FlatProblem.of(problem, hparams)
-    few_shot(flat)
-    marks = sorted({0, solver.max_steps, *(step for step in steps if 0 <= step < solver.max_steps)})
-    scores, floors = [], []
+    user = few_shot(problem)
+    flat = problem
+    if isinstance(flat, Problem):
+        flat, solver, *_ = first_look(flat, solver, FirstOrder(), dict(hparams))
+    marks = sorted({0, solver.max_steps, *(step for step in steps if step >= 0)})
+    scores, floors, diverged = [], [], 0
     for group, episode in _groups(flat, part, num_tasks, seed):
-        user = few_shot(group)
+        adapted = adapt(group, solver, hparams, episode, marks)
         floors.append(user.objective.floor(episode))
-        scores.append(
-            torch.stack(
-                [
-                    user.objective.score(outputs, episode.query.targets)
-                    for outputs in adapt(group, solver, hparams, episode, marks)
-                ]
-            )
-        )
-    return Adaptation(tuple(marks), torch.cat(scores, -1).cpu(), torch.cat(floors).cpu())
+        scores.append(torch.stack([user.objective.score(one, episode.query.targets) for one in adapted.outputs]))
+        diverged += adapted.num_diverged
+    joined = torch.cat(scores, -1).cpu()
+    return Adaptation(tuple(marks), joined, torch.cat(floors).cpu(), solver.max_steps, diverged)
+
+
+class Adapted(NamedTuple):
+    """Tasks on the way to their solutions.
+
+    Attributes:
+        outputs: for the query inputs, after each of some numbers of steps, `(T, N, O)`.
+        num_diverged: tasks whose inner solve diverged.
+    """
+
+    outputs: list[Tensor]
+    num_diverged: int
 
 
 def adapt(
     problem: FlatProblem, solver: InnerSolver, hparams: Mapping[str, Tensor], episode: Episode, marks: Sequence[int]
-) -> Iterator[Tensor]:
-    """Outputs for the query inputs after each of some numbers of inner steps, ascending; `(T, N, O)`."""
+) -> Adapted:
+    """Let tasks adapt; `marks` are the numbers of inner steps, ascending, after which outputs are wanted.
+
+    Random numbers of the problem are the same ones in each call, and are not missed by anyone afterwards. Where a task
+    diverges, which ends the solve of all, each is solved by itself.
+    """
+    with torch.no_grad(), problem.purity.rehearsal():
+        outputs, usable = _solve(problem, solver, hparams, episode, marks)
+        number = len(outputs[0])
+        if usable or number == 1:
+            return Adapted(outputs, 0 if usable else 1)
+        alone = problem.with_tasks(1)
+        each = [_solve(alone, solver, hparams, take(episode, slice(i, i + 1)), marks) for i in range(number)]
+    joined = [torch.cat(parts) for parts in zip(*(outputs for outputs, _ in each), strict=True)]
+    return Adapted(joined, sum(not usable for _, usable in each))
+
+
+def _solve(
+    problem: FlatProblem, solver: InnerSolver, hparams: Mapping[str, Tensor], episode: Episode, marks: Sequence[int]
+) -> tuple[list[Tensor], bool]:
+    """Outputs after each of the numbers of steps, and whether the inner solve has not diverged."""
     user, objective = few_shot(problem), problem.objective(episode.support)
-    with torch.no_grad(), problem.purity.solve():
-        x, state, made = problem.start(hparams).detach(), None, 0
-        for mark in marks:
-            if mark > made:
-                solution = run(solver, objective, x, hparams, state=state, max_steps=mark - made)
-                x, state, made = solution.params, solution.state, mark
-            yield torch.cat([_predict(user, problem, x, hparams, episode, i) for i in range(0, len(x), _size(user))])
-
-
-def few_shot(problem: FlatProblem) -> FewShot:
-    """The user's problem, if it is one of few-shot learning."""
-    if not isinstance(problem.problem, FewShot):
-        raise UsageError(
-            f"few-shot evaluation needs a FewShot problem, but this is a {type(problem.problem).__name__}: "
-            "leave the callback out."
+    x, state, made, usable = problem.start(hparams).detach(), None, 0, True
+    outputs = []
+    for mark in marks:
+        if mark > made and usable:
+            solution = run(solver, objective, x, hparams, state=state, max_steps=mark - made)
+            x, state, made, usable = solution.params, solution.state, mark, solution.result.usable
+        outputs.append(
+            torch.cat([_predict(user, problem, x, hparams, episode, i) for i in range(0, len(x), _size(user))])
         )
-    return problem.problem
+    return outputs, usable
+
+
+def few_shot(problem: Problem | FlatProblem) -> FewShot:
+    """The user's problem, if it is one of few-shot learning."""
+    user = problem.problem if isinstance(problem, FlatProblem) else problem
+    if not isinstance(user, FewShot):
+        raise UsageError(
+            f"few-shot evaluation needs a FewShot problem, but this is a {type(user).__name__}: leave the callback out."
+        )
+    return user
 
 
 def fixed_tasks(problem: FewShot, part: str, numbers: Sequence[int], seed: int) -> Episode:
@@ -160,13 +205,13 @@ def _predict(
     user: FewShot, problem: FlatProblem, x: Tensor, hparams: Mapping[str, Tensor], episode: Episode, begin: int
 ) -> Tensor:
     """Outputs of some of the tasks."""
-    tasks = slice(begin, begin + _size(user))
+    tasks, predict = slice(begin, begin + _size(user)), problem.purity.freeze(user.predict, "predict")
     support = Examples(episode.support.inputs[tasks], episode.support.targets[tasks])
     inputs, params = episode.query.inputs[tasks], problem.layout.unravel(x[tasks])
     if user.handles_tasks:
-        return user.predict(params, hparams, support, inputs)
+        return predict(params, hparams, support, inputs)
     each = [
-        user.predict(
+        predict(
             {name: value[i] for name, value in params.items()},
             hparams,
             Examples(support.inputs[i], support.targets[i]),

@@ -13,7 +13,7 @@ differentiated the hypergradient method's:
 | Reptile | `FewShot` | gradient descent, Adam | Reptile |
 | ANIL | `HeadFewShot` | gradient descent | unrolled |
 | Meta-SGD | `LearnedRateFewShot` | gradient descent at the learned rates | unrolled |
-| ridge head (R2D2) | `RidgeFewShot` | Newton-CG, exact for a quadratic | implicit |
+| ridge head (R2D2) | `RidgeFewShot` | Newton-CG | implicit |
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class ProximalFewShot(FewShot):
     ) -> None:
         """Check the strength."""
         super().__init__(tasks, network, objective, num_tasks, tasks_at_once, seed)
-        self.strengths = _of_tensors({**(strengths or {}), "*": strength}, self.start)
+        self.strengths = _of_tensors(strengths or {}, strength, self.start)
         self.broadcast = None if learned is None else Broadcast.of("strength", learned, self.start)
         if self.broadcast is not None:
             self.constraints = {"strength": Positive()}  # type: ignore[misc]  # a hyperparameter of some objects only
@@ -250,14 +250,16 @@ def _episode(tasks: TaskSource, num_tasks: int, seed: int, step: int) -> tuple[E
     return episode.support, episode
 
 
-def _of_tensors(patterns: Mapping[str, float], start: Tensors) -> dict[str, float]:
-    """The strength of each tensor; the last pattern fits all."""
-    for pattern, value in patterns.items():
+def _of_tensors(patterns: Mapping[str, float], other: float, start: Tensors) -> dict[str, float]:
+    """The strength of each tensor: of the first pattern that fits, or that of all others."""
+    for value in (*patterns.values(), other):
         if not (isinstance(value, int | float) and value > 0):
             raise UsageError(f"the strength of the proximal term was expected to be above 0, but is {value!r}.")
+    for pattern in patterns:
         if not any(_fits(name, pattern) for name in start):
             raise UsageError(f"'{pattern}' in strengths fits none of the tensors {', '.join(start)}.")
-    return {name: float(next(v for pattern, v in patterns.items() if _fits(name, pattern))) for name in start}
+    fitting = {name: [value for pattern, value in patterns.items() if _fits(name, pattern)] for name in start}
+    return {name: float(values[0] if values else other) for name, values in fitting.items()}
 
 
 def _fits(name: str, pattern: str) -> bool:

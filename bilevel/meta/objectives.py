@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, one_hot
 
 from bilevel.data import Episode
+from bilevel.errors import UsageError
 
 
 class TaskObjective(ABC):
@@ -85,7 +86,16 @@ class Regression(TaskObjective):
     floor_name: ClassVar[str] = "mean of the support targets"
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean squared error, in the targets' units squared."""
+        """Mean squared error, in the targets' units squared.
+
+        Raises:
+            UsageError: the shapes differ, which would be broadcast in silence.
+        """
+        if outputs.shape != targets.shape:
+            raise UsageError(
+                f"outputs were expected to have the shape of the targets, {tuple(targets.shape)}, but have "
+                f"{tuple(outputs.shape)}: give the network as many outputs as a target has numbers."
+            )
         return (outputs - targets).square().mean((-2, -1))
 
     def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -94,7 +104,8 @@ class Regression(TaskObjective):
 
     def floor(self, episode: Episode) -> Tensor:
         """Error of a constant."""
-        return self.score(episode.support.targets.mean(1, keepdim=True), episode.query.targets)
+        targets = episode.query.targets
+        return self.score(episode.support.targets.mean(1, keepdim=True).expand_as(targets), targets)
 
     def regression_targets(self, targets: Tensor, like: Tensor, num_outputs: int) -> Tensor:
         """The targets."""

@@ -23,7 +23,7 @@ class RidgeFewShot(FewShot):
 
     With support features `Z` (S, D) and targets `Y` (S, O) the weights `W = Z^T A` of the regression follow from its dual
     variable, which is what adapts: `A` minimises `tr(A^T (Z Z^T + penalty I) A) / 2 - tr(A^T Y)`, a quadratic of `S O` unknowns
-    however many features there are. Predictions are `scale Z_query Z^T A + shift`; body, penalty, scale and shift are learned.
+    however many features there are. Predictions are `scale Z_query Z^T A`; body, penalty and scale are learned.
 
     Args:
         tasks: where tasks come from.
@@ -70,7 +70,6 @@ class RidgeFewShot(FewShot):
             BODY: body,
             "penalty": number((), self.penalty_start),
             "scale": number((), self.scale_start),
-            "shift": number((), 0.0),
         }
 
     def init_params(self, hparams: Tensors) -> TensorDict:
@@ -85,9 +84,9 @@ class RidgeFewShot(FewShot):
         return (dual * (0.5 * image - targets)).sum((-2, -1))
 
     def predict(self, params: Tensors, hparams: Tensors, support: Examples, inputs: Tensor) -> Tensor:
-        """`scale Z Z_support^T A + shift`."""
+        """`scale Z Z_support^T A`."""
         weights = self._features(hparams, support.inputs).mT @ params["dual"]  # (*batch, D, O)
-        return hparams["scale"] * (self._features(hparams, inputs) @ weights) + hparams["shift"]
+        return hparams["scale"] * (self._features(hparams, inputs) @ weights)
 
     def lower_curvature(self, hparams: Tensors) -> float:
         """The penalty: the quadratic's other part is positive semi-definite."""

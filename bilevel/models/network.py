@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -57,6 +58,7 @@ class FeatureNetwork(Network):
         return self.head(params, self.features(params, inputs))
 
 
+@dataclass(frozen=True, eq=False)  # a dataclass, so that its module moves with the problem that holds it
 class ModuleNetwork(Network):
     """Any `torch.nn.Module` of one task: weights are its parameters, images come to it channels first.
 
@@ -74,11 +76,12 @@ class ModuleNetwork(Network):
 
     handles_tasks: ClassVar[bool] = False
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        """Keep the module."""
-        if not isinstance(module, torch.nn.Module):
-            raise UsageError(f"ModuleNetwork was expected to get a torch.nn.Module, but got {module!r}.")
-        self.module = module
+    module: torch.nn.Module
+
+    def __post_init__(self) -> None:
+        """Refuse what is no module."""
+        if not isinstance(self.module, torch.nn.Module):
+            raise UsageError(f"ModuleNetwork was expected to get a torch.nn.Module, but got {self.module!r}.")
 
     def init(self, seed: int) -> TensorDict:
         """Copies of the module's own parameters; the seed is not used."""
@@ -98,7 +101,7 @@ def activation_of(name: str | Activation) -> Activation:
         UsageError: there is none of that name.
     """
     found = getattr(functional, name, None) if isinstance(name, str) else name
-    if not callable(found):
+    if not callable(found) or isinstance(found, type):
         raise UsageError(
             f"activation was expected to be a function of torch.nn.functional such as relu, tanh or softplus, but is {name!r}."
         )
@@ -118,7 +121,7 @@ def glorot(shape: tuple[int, ...], fan_in: int, fan_out: int, *seeds: int) -> Te
 def linear_weights(name: str, num_inputs: int, num_outputs: int, *seeds: int) -> TensorDict:
     """`NAME.weight` `(O, I)` and `NAME.bias` `(O,)`, zero."""
     weight = glorot((num_outputs, num_inputs), num_inputs, num_outputs, *seeds)
-    return {f"{name}.weight": weight, f"{name}.bias": torch.zeros(num_outputs)}
+    return {f"{name}.weight": weight, f"{name}.bias": torch.zeros(num_outputs, dtype=weight.dtype)}
 
 
 def conv_weights(name: str, num_inputs: int, num_outputs: int, kernel: int, *seeds: int) -> TensorDict:
@@ -127,6 +130,6 @@ def conv_weights(name: str, num_inputs: int, num_outputs: int, kernel: int, *see
     weight = glorot((num_outputs, kernel, kernel, num_inputs), area * num_inputs, area * num_outputs, *seeds)
     return {
         f"{name}.weight": weight,
-        f"{name}.gain": torch.ones(num_outputs),
-        f"{name}.bias": torch.zeros(num_outputs),
+        f"{name}.gain": torch.ones(num_outputs, dtype=weight.dtype),
+        f"{name}.bias": torch.zeros(num_outputs, dtype=weight.dtype),
     }

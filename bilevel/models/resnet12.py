@@ -39,6 +39,9 @@ class ResNet12(FeatureNetwork):
         """Check the sizes."""
         if not widths or not all(isinstance(width, int) and width >= 1 for width in widths):
             raise UsageError(f"ResNet12 needs widths of at least 1, but got {list(widths)}.")
+        for name, value in (("num_outputs", num_outputs), ("num_channels", num_channels)):
+            if not isinstance(value, int) or value < 1:
+                raise UsageError(f"ResNet12 needs {name} >= 1, an integer, but got {value!r}.")
         self.num_outputs, self.widths, self.num_channels = num_outputs, tuple(widths), num_channels
 
     def init(self, seed: int) -> TensorDict:

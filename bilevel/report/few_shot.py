@@ -82,6 +82,9 @@ def _images(arrays: Arrays, task: int) -> Plate:
         "class that the adapted network takes it for, in colour where that is wrong. "
         f"Right are {right[1]} of {len(one['query.targets'])}; before adaptation {right[0]}."
     )
+    most = max(numpy.bincount(one[f"{part}.targets"].astype(int)).max() for part in ("support", "query"))
+    if one["query.targets"].max() >= MAX_CLASSES or most > MAX_QUERIES:
+        caption += f" Shown are at most {MAX_CLASSES} classes and {MAX_QUERIES} images of each."
     return Plate(f"task_{task}", f"Test task {task}", caption, partial(_paint_images, one))
 
 
@@ -110,8 +113,8 @@ def _paint_images(one: Arrays, theme: Theme) -> Figure:
 
 
 def _picture(panel: Axes, image: NDArray[Any], title: str, colour: str, *, framed: bool = False) -> None:
-    """One image, channels last, in grey where it has one channel."""
-    grey = image.shape[-1] == 1
+    """One image, channels last, in colour where it has three channels, else its first one in grey."""
+    grey = image.shape[-1] != 3
     panel.imshow(image[..., 0] if grey else numpy.clip(image, 0, 1), cmap="gray" if grey else None)
     panel.set_title(title, color=colour, fontsize=6.5, pad=2, loc="center", fontweight="bold" if framed else "normal")
     panel.set_xticks([])

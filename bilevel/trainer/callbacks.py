@@ -76,4 +76,4 @@ class Callback(Protocol):
         """
 
     def on_end(self, summary: dict[str, Any]) -> None:
-        """After the last step, however the run ended (`summary["stopped_because"]`); may add entries to the summary."""
+        """After the last step, however the run ended (`finished` and `stopped_because` in the summary); may add entries."""

@@ -80,7 +80,8 @@ def run(
                 log.save()
     except BaseException as error:
         log.rewind()
-        log.close("interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}")
+        reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+        log.close(reason, finished=False)
         raise
     stopped = trainer.reason_to_stop(state)
     assert stopped is not None
@@ -134,14 +135,14 @@ class _Log:
         save_checkpoint(checkpoints, self.noted["step"], self.noted, keep=self.trainer.keep_checkpoints)
         self.saved = self.noted["step"]
 
-    def close(self, stopped: str) -> dict[str, Any]:
+    def close(self, stopped: str, *, finished: bool = True) -> dict[str, Any]:
         """The last checkpoint, the hyperparameters and the summary, which the callbacks see and may add to."""
         if self.state.step > self.saved:
             self.save()
         if self.state.step > 0:  # also in a resumed run that has nothing left to do: the one before may have died here
             self._save_hparams()
         self.state.wall_seconds = time.perf_counter() - self.epoch
-        summary = summarise(self.config, self.setup, self.state, stopped)
+        summary = summarise(self.config, self.setup, self.state, stopped, finished=finished)
         try:
             for callback in self.callbacks:
                 callback.on_end(summary)

@@ -14,8 +14,18 @@ from bilevel.trainer.setup import Setup
 from bilevel.trainer.state import TrainState
 
 
-def summarise(config: dict[str, Any], setup: Setup, state: TrainState, stopped: str) -> dict[str, Any]:
-    """The final figures of a run; times and work are those of all the processes that made its steps."""
+def summarise(
+    config: dict[str, Any], setup: Setup, state: TrainState, stopped: str, *, finished: bool = True
+) -> dict[str, Any]:
+    """The final figures of a run; times and work are those of all the processes that made its steps.
+
+    Args:
+        config: resolved.
+        setup: what the loop works with.
+        state: after the last step.
+        stopped: why there was no further one.
+        finished: whether the run ended as it was meant to, not by an exception or an interruption.
+    """
     best: dict[str, Any] = {}
     if state.best.step >= 0:
         metrics = {f"metrics.{name}": value for name, value in state.best.metrics.items()}
@@ -23,6 +33,7 @@ def summarise(config: dict[str, Any], setup: Setup, state: TrainState, stopped: 
     return {
         "name": config.get("name", type(setup.problem.problem).__name__),
         "stopped_because": stopped,
+        "finished": finished,
         "num_steps": state.step,
         "num_hparams": sum(value.numel() for value in state.best.hparams.values()),
         "best": best,
