@@ -90,6 +90,11 @@ class FlatProblem:
         optimality = getattr(self.problem, "optimality", None)
         if optimality is None:
             return self.loss_objective(batch)
+        if hasattr(self.problem, "anchor"):
+            raise UsageError(
+                f"{type(self.problem).__name__} has an optimality and an anchor, which belongs to an inner_loss: add "
+                "strength (params - centre) to the optimality."
+            )
 
         def residual(params: Mapping[str, Tensor], hparams: Mapping[str, Tensor], data: Any) -> Tensor:
             try:

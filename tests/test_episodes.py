@@ -282,6 +282,7 @@ class TestData:
         weights = np.full(4, 0.25)  # whole pixels only
         np.testing.assert_allclose(images[..., 0, 0, 0], np.einsum("i,j,abij->ab", weights, weights, top_left), atol=1)
         assert (tmp_path / omniglot.FILE).is_file()
+        assert torch.equal(load_omniglot(tmp_path), images)  # from the file, by the checksum that it was given
 
     @pytest.mark.parametrize(
         ("changes", "sentence"),

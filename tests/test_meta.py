@@ -163,6 +163,15 @@ def test_a_wrong_anchor_is_told():
         hypergradient_at(Wrong(0), method=EXACT, solver=NewtonCG())
 
 
+def test_an_anchor_beside_an_optimality_is_refused():
+    class Both(Quadratics):
+        def optimality(self, params, hparams, batch):
+            return params
+
+    with pytest.raises(UsageError, match="Both has an optimality and an anchor"):
+        hypergradient_at(Both(0), method=EXACT, solver=NewtonCG())
+
+
 def test_an_anchor_is_the_same_as_its_term_in_the_loss():
     solver = GradientDescent(max_steps=7, atol=0.0)
     for method, per_tensor in itertools.product((EXACT, Unrolled(), ForwardMode()), (False, True)):

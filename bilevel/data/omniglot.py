@@ -89,13 +89,13 @@ def load_omniglot(root: str | Path | None = None) -> Tensor:
         return torch.from_numpy(images).unsqueeze(-1)
     try:
         with np.load(path, allow_pickle=False) as content:
-            images = content["images"]
+            images, expected = content["images"], str(content["sha256"]) if "sha256" in content else SHA256
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"{path} is damaged ({_reason(error)}): {_REMEDY}") from error
-    found = hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()
-    if found != SHA256:
+    found = _sha256(images)
+    if found != expected:
         raise UsageError(
-            f"{path} is damaged: the SHA-256 of its images is {found[:12]}... instead of {SHA256[:12]}...: {_REMEDY}"
+            f"{path} is damaged: the SHA-256 of its images is {found[:12]}... instead of {expected[:12]}...: {_REMEDY}"
         )
     return torch.from_numpy(images).unsqueeze(-1)
 
@@ -143,10 +143,14 @@ def _save(path: Path, images: np.ndarray) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as handle:
-            np.savez_compressed(handle, images=images, n_background=NUM_BACKGROUND)
+            np.savez_compressed(handle, images=images, n_background=NUM_BACKGROUND, sha256=_sha256(images))
         os.replace(partial, path)
     except OSError:
         partial.unlink(missing_ok=True)
+
+
+def _sha256(images: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()
 
 
 def _reason(error: Exception) -> str:
