@@ -160,6 +160,23 @@ def point(module: str, name: str, num_steps: int, size: int) -> Row:
     return row
 
 
+def answered(arguments: Sequence[str], seconds_of: Callable[[str, int, int], float], small: int) -> bool:
+    """Whether this process was started for a point, which it has measured and printed then; see `point`."""
+    if list(arguments[:1]) != ["--point"]:
+        return False
+    print(json.dumps(child(seconds_of, arguments[1], int(arguments[2]), int(arguments[3]), small)))
+    return True
+
+
+def points(module: str, lengths: Mapping[str, Sequence[int]], size: int) -> list[Row]:
+    """All points of a benchmark, printed as they come and as a table."""
+    print("method, inner steps, MB above baseline, baseline MB, seconds")
+    rows = [point(module, name, steps, size) for name, several in lengths.items() for steps in several]
+    print()
+    print(table(rows))
+    return rows
+
+
 def increments(rows: list[Row], name: str) -> tuple[list[int], list[float]]:
     """Steps and megabytes of one method."""
     mine = [row for row in rows if row["method"] == name]
@@ -214,16 +231,10 @@ def plot(rows: list[Row], path: Path, names: Sequence[str] = ("implicit", "unrol
 def main(argv: list[str] | None = None) -> int:
     """Measure all points."""
     arguments = sys.argv[1:] if argv is None else argv
-    if arguments[:1] == ["--point"]:
-        print(json.dumps(child(one, arguments[1], int(arguments[2]), int(arguments[3]), small=100)))
+    if answered(arguments, one, small=100):
         return 0
     options = parse(str(__doc__).splitlines()[0], arguments, device=False)
-    print("method, inner steps, MB above baseline, baseline MB, seconds")
-    lengths = QUICK_STEPS if options.quick else STEPS
-    num_examples = QUICK_EXAMPLES if options.quick else EXAMPLES
-    rows = [point(MODULE, name, steps, num_examples) for name, several in lengths.items() for steps in several]
-    print()
-    print(table(rows))
+    rows = points(MODULE, *((QUICK_STEPS, QUICK_EXAMPLES) if options.quick else (STEPS, EXAMPLES)))
     if options.quick:
         return finish(options, rows, [])
     slope, _ = fit(rows)

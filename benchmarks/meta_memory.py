@@ -9,13 +9,12 @@ that after one small meta-step.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
 
-from benchmarks.common import Claim, finish, parse, table
-from benchmarks.memory import child, fit, increments, plot, point
+from benchmarks.common import Claim, finish, parse
+from benchmarks.memory import answered, fit, increments, plot, points
 from benchmarks.meta_step import PRODUCTS, QUERY, TASKS, WAY, tasks
 from bilevel import hypergradient_at
 from bilevel.hypergradient import HypergradientMethod, Implicit, Unrolled
@@ -49,15 +48,10 @@ def seconds_of(name: str, num_steps: int, num_tasks: int) -> float:
 def main(argv: list[str] | None = None) -> int:
     """Measure all points."""
     arguments = sys.argv[1:] if argv is None else argv
-    if arguments[:1] == ["--point"]:
-        print(json.dumps(child(seconds_of, arguments[1], int(arguments[2]), int(arguments[3]), small=1)))
+    if answered(arguments, seconds_of, small=1):
         return 0
     options = parse(str(__doc__).splitlines()[0], arguments, device=False)
-    print("method, inner steps, MB above baseline, baseline MB, seconds")
-    lengths, num_tasks = (QUICK_STEPS, 2) if options.quick else (STEPS, TASKS)
-    rows = [point(MODULE, name, steps, num_tasks) for name, several in lengths.items() for steps in several]
-    print()
-    print(table(rows))
+    rows = points(MODULE, *((QUICK_STEPS, 2) if options.quick else (STEPS, TASKS)))
     if options.quick:
         return finish(options, rows, [])
     slope, _ = fit(rows)
