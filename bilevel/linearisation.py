@@ -96,8 +96,7 @@ def linearise(
             jacobian = JacobianOperator.from_output(conditions.optimality(leaf, at), leaf)
             value = inner_value(problem, params, hparams, batch)
             return Linearisation(problem, batch, leaf, at, jacobian, jacobian.output, value)
-        loss = conditions.loss(leaf, at)
-        (gradient,) = grad(loss.sum(), leaf, create_graph=True, materialize_grads=True)
+        loss, gradient = conditions.value_and_gradient(leaf, at)
     hessian = HessianOperator.from_gradient(gradient, leaf)
     return Linearisation(problem, batch, leaf, at, hessian, gradient, float(loss.detach().mean()))
 

@@ -69,5 +69,5 @@ class Conv4(FeatureNetwork):
             return each_task(self.features, params, inputs)
         x = inputs
         for layer in range(self.num_layers):
-            x = self.activation(normalised_convolution(params, f"conv{layer}", x, stride=2, padding=1))
+            x = normalised_convolution(params, f"conv{layer}", x, self.activation, stride=2, padding=1)
         return x.flatten(-3)

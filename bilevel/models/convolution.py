@@ -110,10 +110,10 @@ class _Spread(Function):
     @staticmethod
     def forward(grad: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
         shape = (*grad.shape[:2], geometry.height, geometry.width, weight.shape[-1])
-        flat, factors = grad.flatten(1, 3), weight.flatten(2)
-        parts = list(_parts(grad, geometry, shape))
-        folded = [fold(torch.bmm(flat[part], factors[part]), geometry, grad.shape[1]) for part in parts]
-        return folded[0] if len(folded) == 1 else torch.cat(folded)
+        result, flat, factors = grad.new_zeros(shape), grad.flatten(1, 3), weight.flatten(2)
+        for part in _parts(grad, geometry, shape):
+            fold(torch.bmm(flat[part], factors[part]), geometry, result[part])
+        return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -173,17 +173,22 @@ def unfold(x: Tensor, geometry: Geometry) -> Tensor:
     return x.as_strided(shape, strides, x.storage_offset()).reshape(*batch, -1, kernel * kernel * channels)
 
 
-def fold(patches: Tensor, geometry: Geometry, number: int) -> Tensor:
-    """The transpose of `unfold`: each patch added to where it was taken from, `(T, N, H, W, C)`."""
-    kernel, stride, padding, height, width = geometry
-    rows, columns = geometry.places
-    patches = patches.view(len(patches), number, rows, columns, kernel, kernel, -1)
-    image = patches.new_zeros(len(patches), number, height + 2 * padding, width + 2 * padding, patches.shape[-1])
-    last_row, last_column = stride * (rows - 1) + 1, stride * (columns - 1) + 1
-    for i in range(kernel):
-        for j in range(kernel):
-            image[:, :, i : i + last_row : stride, j : j + last_column : stride] += patches[:, :, :, :, i, j]
-    return image[:, :, padding : padding + height, padding : padding + width]
+def fold(patches: Tensor, geometry: Geometry, images: Tensor) -> None:
+    """The transpose of `unfold`: each patch is added to images `(T, N, H, W, C)`, where it was taken from."""
+    patches = patches.view(*images.shape[:2], *geometry.places, geometry.kernel, geometry.kernel, -1)
+    for i in range(geometry.kernel):
+        from_rows, to_rows = _inside(i, geometry, geometry.places[0], geometry.height)
+        for j in range(geometry.kernel):
+            from_columns, to_columns = _inside(j, geometry, geometry.places[1], geometry.width)
+            images[:, :, to_rows, to_columns].add_(patches[:, :, from_rows, from_columns, i, j])
+
+
+def _inside(offset: int, geometry: Geometry, places: int, size: int) -> tuple[slice, slice]:
+    """The places of a kernel whose pixel of an offset is inside an image, along one axis, and those pixels."""
+    stride, before = geometry.stride, geometry.padding - offset
+    first = max(0, -(-before // stride))  # the first place with stride * place >= before
+    last = max(first, min(places, (size - 1 + before) // stride + 1))
+    return slice(first, last), slice(stride * first - before, stride * last - before, stride)
 
 
 def _patch_bytes(like: Tensor, geometry: Geometry, shape: tuple[int, ...]) -> int:

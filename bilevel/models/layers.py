@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bilevel.models.convolution import Geometry, channels_first, channels_last, convolve, unfold
-from bilevel.models.network import Params
+from bilevel.models.network import Activation, Params
 from bilevel.models.normalisation import normalise
 
 EPS = 1e-5
@@ -16,10 +16,24 @@ MANY = 15_000  # pixels of a task's images, from which on it is faster by itself
 FEW = 16  # numbers in a patch, up to which statistics of outputs are worked out from those of the patches
 
 
+def identity(x: Tensor) -> Tensor:
+    """No activation."""
+    return x
+
+
 def normalised_convolution(
-    params: Params, name: str, inputs: Tensor, stride: int = 1, padding: int = 0, eps: float = EPS
+    params: Params,
+    name: str,
+    inputs: Tensor,
+    activation: Activation = identity,
+    stride: int = 1,
+    padding: int = 0,
+    eps: float = EPS,
 ) -> Tensor:
-    r"""`gain (y - mean y) / sqrt(var y + eps) + bias` with `y = convolve(inputs, weight)`.
+    r"""`activation(gain (y - mean y) / sqrt(var y + eps) + bias)` with `y = convolve(inputs, weight)`.
+
+    The activation comes before the result gets its shape: one that works in place on a view would have autograd copy the
+    gradient twice.
 
     Where patches are small (the first layer of grey images has nine pixels in one), nothing of the size of `y` but the
     result is made: with centred patches `P` (M, K) and their covariance `S = P^T P / M` the mean of `y = P W` is zero and its
@@ -29,6 +43,7 @@ def normalised_convolution(
         params: has `NAME.weight` `(*batch, O, k, k, C)`, `NAME.gain` and `NAME.bias` `(*batch, O)`, or without batch.
         name: of the layer.
         inputs: images `(*batch, N, H, W, C)`.
+        activation: a function of each entry by itself, which may work in place.
         stride: as of `convolve`.
         padding: as of `convolve`.
         eps: added to the variances.
@@ -39,10 +54,10 @@ def normalised_convolution(
     weight, gain, bias = (params[f"{name}.{part}"] for part in ("weight", "gain", "bias"))
     if inputs.ndim == weight.ndim == 4:  # one task
         outputs = channels_first(convolve(inputs, weight, stride, padding))
-        return channels_last(torch.batch_norm(outputs, gain, bias, None, None, True, 0.0, eps, False))
+        return channels_last(activation(torch.batch_norm(outputs, gain, bias, None, None, True, 0.0, eps, False)))
     if weight.shape[-1] * weight.shape[-2] ** 2 > FEW:
         outputs = convolve(inputs, weight, stride, padding)
-        return normalise(outputs.flatten(-4, -2), gain, bias, eps).view(outputs.shape)
+        return activation(normalise(outputs.flatten(-4, -2), gain, bias, eps)).view(outputs.shape)
     geometry = Geometry(weight.shape[-2], stride, padding, *inputs.shape[-3:-1])
     patches = unfold(inputs, geometry)  # (*batch, M, K)
     patches = patches - patches.mean(-2, keepdim=True)
@@ -50,7 +65,7 @@ def normalised_convolution(
     columns = weight.flatten(-3).mT  # (*batch, K, O)
     variance = (covariance @ columns * columns).sum(-2, keepdim=True)
     scaled = columns * (gain.unsqueeze(-2) * (variance + eps).rsqrt())
-    outputs = patches @ scaled + bias.unsqueeze(-2)
+    outputs = activation(patches @ scaled + bias.unsqueeze(-2))
     return outputs.unflatten(-2, (inputs.shape[-4], *geometry.places))
 
 

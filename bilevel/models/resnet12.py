@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import leaky_relu, max_pool2d
 
 from bilevel.errors import UsageError
-from bilevel.models.layers import are_many, each_task, normalised_convolution
+from bilevel.models.layers import are_many, each_task, identity, normalised_convolution
 from bilevel.models.network import FeatureNetwork, Params, conv_weights, linear_weights
 from bilevel.tree import TensorDict
 
@@ -65,11 +65,15 @@ class ResNet12(FeatureNetwork):
         for block in range(len(self.widths)):
             y = x
             for layer in range(3):
-                y = normalised_convolution(params, f"block{block}.conv{layer}", y, padding=1)
-                y = leaky_relu(y, 0.1) if layer < 2 else y
+                activation = _leaky if layer < 2 else identity
+                y = normalised_convolution(params, f"block{block}.conv{layer}", y, activation, padding=1)
             shortcut = normalised_convolution(params, f"block{block}.shortcut", x)
-            x = _halve(leaky_relu(y + shortcut, 0.1))
+            x = _halve(_leaky(y + shortcut))
         return x.mean((-3, -2))
+
+
+def _leaky(x: Tensor) -> Tensor:
+    return leaky_relu(x, 0.1)
 
 
 def _halve(images: Tensor) -> Tensor:

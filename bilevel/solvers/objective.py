@@ -36,7 +36,7 @@ class Anchored:
         strength, centre = self.term(hparams)
         if others is None:
             return strength * (params - centre)
-        return torch.addcmul(torch.addcmul(others, strength, params), strength, centre, value=-1)
+        return torch.addcmul(others, strength, params).addcmul_(strength, centre, value=-1)
 
 
 @dataclass(frozen=True)
