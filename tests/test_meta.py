@@ -12,7 +12,7 @@ import torch
 from torch.autograd import grad
 
 from bilevel import Positive, Problem, hypergradient_at
-from bilevel.data import ClassEpisodes, Sinusoid
+from bilevel.data import ClassEpisodes, Examples, Sinusoid
 from bilevel.errors import UsageError
 from bilevel.hypergradient import ForwardMode, Implicit, Unrolled
 from bilevel.hypergradient.negative_curvature import Truncate
@@ -207,6 +207,7 @@ SOLVED = {
         lambda: proximal(strength=11.0, strengths={"head": 6.0}),
         NewtonCG(atol=1e-11, max_steps=100),
     ),
+    "iMAML, a shared head": (lambda: proximal(shared_head=True), NewtonCG(atol=1e-11, max_steps=100)),
     "ridge": (lambda: RidgeFewShot(characters(), conv(), num_tasks=3), NewtonCG(atol=1e-12, max_steps=100)),
     "sinusoid": (
         lambda: ProximalFewShot(
@@ -240,6 +241,11 @@ KINDS = {
     "iMAML": (lambda network: proximal(network), EXACT, GradientDescent(max_steps=5, atol=0.0)),
     "MAML": (
         lambda network: FewShot(characters(), network, num_tasks=3),
+        Unrolled(),
+        GradientDescent(max_steps=3, atol=0.0),
+    ),
+    "MAML, a shared head": (
+        lambda network: FewShot(characters(), network, num_tasks=3, shared_head=True),
         Unrolled(),
         GradientDescent(max_steps=3, atol=0.0),
     ),
@@ -368,6 +374,32 @@ def test_first_order_and_reptile_are_what_their_papers_say(maml):
         torch.testing.assert_close(reptile.gradient[f"init.{name}"], way_back.detach(), rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("kind", [FewShot, ProximalFewShot, HeadFewShot, LearnedRateFewShot])
+def test_a_shared_head_is_one_row_and_knows_no_order_of_the_classes(kind):
+    problem, apart = (kind(characters(), conv(), num_tasks=3, shared_head=shared) for shared in (True, False))
+    problem, apart = (one.to(dtype=torch.float64) for one in (problem, apart))
+    rate = "rate" if kind is LearnedRateFewShot else 0.1
+    solver = GradientDescent(max_steps=3, atol=0.0, learning_rate=rate)
+    start = start_of(problem)
+    assert start["init.head.weight"].shape == (1, 12) and "init.head.bias" not in start
+    full = {**start_of(apart), **start, "init.head.weight": start["init.head.weight"].expand(3, -1).clone()}
+    found, expected = (
+        hypergradient_at(one, at, method=Unrolled(), solver=solver) for one, at in ((problem, start), (apart, full))
+    )
+    for name, value in expected.gradient.items():
+        if name != "init.head.bias":
+            summed = value.sum(0, keepdim=True) if name == "init.head.weight" else value
+            torch.testing.assert_close(found.gradient[name], summed, rtol=1e-8, atol=1e-10)
+    plain = problem.tasks.draw
+
+    def relabelled(*arguments):
+        return type(plain(*arguments))(*(Examples(one.inputs, (one.targets + 1) % 3) for one in plain(*arguments)))
+
+    problem.tasks.draw = relabelled
+    again = hypergradient_at(problem, start, method=Unrolled(), solver=solver)
+    assert again.outer_loss == pytest.approx(found.outer_loss, rel=1e-10)
+
+
 def test_meta_sgd_learns_the_rates():
     problem = LearnedRateFewShot(characters(), conv(), num_tasks=3, rate=0.2).to(dtype=torch.float64)
     hparams = {name: value.requires_grad_() for name, value in start_of(problem).items()}
@@ -446,6 +478,10 @@ MISTAKES = [
     (
         lambda: HeadFewShot(characters(), ModuleNetwork(torch.nn.Linear(2, 3))).init_hparams(),
         "HeadFewShot needs a network of features and a head",
+    ),
+    (
+        lambda: FewShot(characters(), ModuleNetwork(torch.nn.Linear(2, 3)), shared_head=True),
+        "FewShot with shared_head needs a network of features and a head .* or leave shared_head out",
     ),
     (lambda: FewShotEvaluation(num_tasks=0), "FewShotEvaluation needs num_tasks >= 1"),
 ]

@@ -37,6 +37,7 @@ from bilevel.tree import TensorDict
 
 Tensors = Mapping[str, Tensor]
 INIT, BODY = "init", "body"
+WEIGHT, BIAS = "head.weight", "head.bias"
 
 
 class FewShot(Problem):
@@ -50,9 +51,12 @@ class FewShot(Problem):
         tasks_at_once: how many tasks' query losses are differentiated at a time; fewer take less memory, and less time
             where activations of all would not fit into the processor's cache.
         seed: of the starting weights and of the tasks that are drawn.
+        shared_head: learn one row of the head, from which all classes start. The classes of a task come in no order, so that
+            rows of their own say nothing, and tasks have to unlearn them.
 
     References: Finn, Abbeel and Levine (2017), "Model-agnostic meta-learning for fast adaptation of deep networks"; Nichol,
-    Achiam and Schulman (2018), "On first-order meta-learning algorithms".
+    Achiam and Schulman (2018), "On first-order meta-learning algorithms"; Ye and Chao (2022), "How to train your MAML to excel
+    in few-shot classification".
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class FewShot(Problem):
         num_tasks: int = 16,
         tasks_at_once: int | None = 2,
         seed: int = 0,
+        shared_head: bool = False,
     ) -> None:
         """Draw the starting weights."""
         for name, value, kind in (("tasks", tasks, TaskSource), ("network", network, Network)):
@@ -77,7 +82,9 @@ class FewShot(Problem):
         self.tasks, self.network, self.objective = tasks, network, objective or Classification()
         self.num_tasks, self.tasks_at_once, self.seed = num_tasks, tasks_at_once, seed
         self.handles_tasks = network.handles_tasks
-        self.start = network.init(seed)
+        self.start, self.shared_head = network.init(seed), shared_head
+        if shared_head:
+            need_features(self, network, " with shared_head", "leave shared_head out")
         way, outputs = getattr(tasks, "way", None), getattr(network, "num_outputs", None)
         if way is not None and outputs is not None and way != outputs:
             raise UsageError(
@@ -88,11 +95,22 @@ class FewShot(Problem):
 
     def init_hparams(self) -> dict[str, Any]:
         """The starting point."""
-        return {INIT: dict(self.start)}
+        return {INIT: self.learned_start()}
 
     def init_params(self, hparams: Tensors) -> TensorDict:
         """The starting point, of which every task has a copy."""
-        return under(INIT, hparams)
+        start = under(INIT, hparams)
+        if self.shared_head:
+            start[WEIGHT] = start[WEIGHT].expand_as(self.start[WEIGHT])
+            start[BIAS] = self.start[BIAS]
+        return start
+
+    def learned_start(self) -> TensorDict:
+        """What is learned of the starting point: of a shared head one row, and no bias, which would favour no class."""
+        if not self.shared_head:
+            return dict(self.start)
+        rest = {name: value for name, value in self.start.items() if name not in (WEIGHT, BIAS)}
+        return {**rest, WEIGHT: self.start[WEIGHT].mean(0, keepdim=True)}
 
     def predict(self, params: Tensors, hparams: Tensors, support: Examples, inputs: Tensor) -> Tensor:
         """Outputs `(*batch, N, O)` of adapted parameters for inputs of the same tasks."""
@@ -120,6 +138,7 @@ class ProximalFewShot(FewShot):
         num_tasks: tasks in an outer step.
         tasks_at_once: tasks whose query losses are differentiated at a time.
         seed: of the starting weights and of the tasks.
+        shared_head: learn one row of the head, from which all classes start.
         strength: of the term; its starting value where it is learned.
         strengths: those of some tensors, by beginnings or patterns of their names, of which the first that fits counts:
             `{"head": 0.5}` lets the head move further than the rest.
@@ -141,12 +160,13 @@ class ProximalFewShot(FewShot):
         num_tasks: int = 16,
         tasks_at_once: int | None = 2,
         seed: int = 0,
+        shared_head: bool = False,
         strength: float = 2.0,
         strengths: Mapping[str, float] | None = None,
         learned: str | Groups | None = None,
     ) -> None:
         """Check the strength."""
-        super().__init__(tasks, network, objective, num_tasks, tasks_at_once, seed)
+        super().__init__(tasks, network, objective, num_tasks, tasks_at_once, seed, shared_head)
         self.strengths = _of_tensors(strengths or {}, strength, self.start)
         self.broadcast = None if learned is None else Broadcast.of("strength", learned, self.start)
         if self.broadcast is not None:
@@ -158,11 +178,11 @@ class ProximalFewShot(FewShot):
         learned = {} if self.broadcast is None else self.broadcast.start(1.0, next(iter(self.start.values())))
         for name, owner in ({} if self.broadcast is None else self.broadcast.owners).items():
             learned[owner] = torch.full_like(learned[owner], self.strengths[name])
-        return {INIT: dict(self.start), **learned}
+        return {INIT: self.learned_start(), **learned}
 
     def anchor(self, hparams: Tensors) -> tuple[Any, TensorDict]:
         """The strengths and the starting point."""
-        centre = under(INIT, hparams)
+        centre = self.init_params(hparams)
         if self.broadcast is not None:
             return self.broadcast.expand(hparams), centre
         if len(set(self.strengths.values())) == 1:
@@ -182,8 +202,9 @@ class HeadFewShot(FewShot):
     def init_hparams(self) -> dict[str, Any]:
         """The body, and the head's starting point."""
         need_features(self, self.network)
-        head = {name: value for name, value in self.start.items() if name.startswith("head.")}
-        return {BODY: {name: value for name, value in self.start.items() if name not in head}, INIT: head}
+        start = self.learned_start()
+        head = {name: value for name, value in start.items() if name in (WEIGHT, BIAS)}
+        return {BODY: {name: value for name, value in start.items() if name not in head}, INIT: head}
 
     def predict(self, params: Tensors, hparams: Tensors, support: Examples, inputs: Tensor) -> Tensor:
         """The adapted head on the features."""
@@ -200,6 +221,7 @@ class LearnedRateFewShot(FewShot):
         num_tasks: tasks in an outer step.
         tasks_at_once: tasks whose query losses are differentiated at a time.
         seed: of the starting weights and of the tasks.
+        shared_head: learn one row of the head, from which all classes start, at rates of their own.
         rate: where every learning rate starts; it may become negative, as in the paper.
 
     Reference: Li, Zhou, Chen and Li (2017), "Meta-SGD: learning to learn quickly for few-shot learning".
@@ -213,16 +235,17 @@ class LearnedRateFewShot(FewShot):
         num_tasks: int = 16,
         tasks_at_once: int | None = 2,
         seed: int = 0,
+        shared_head: bool = False,
         rate: float = 0.1,
     ) -> None:
         """Keep the rate."""
-        super().__init__(tasks, network, objective, num_tasks, tasks_at_once, seed)
+        super().__init__(tasks, network, objective, num_tasks, tasks_at_once, seed, shared_head)
         self.rate = rate
 
     def init_hparams(self) -> dict[str, Any]:
         """The starting point and the rates."""
         rates = {name: torch.full_like(value, self.rate) for name, value in self.start.items()}
-        return {INIT: dict(self.start), "rate": rates}
+        return {INIT: self.learned_start(), "rate": rates}
 
 
 def under(prefix: str, hparams: Tensors) -> TensorDict:
@@ -235,12 +258,14 @@ def under(prefix: str, hparams: Tensors) -> TensorDict:
     return {name.removeprefix(f"{prefix}."): value for name, value in hparams.items() if name.startswith(f"{prefix}.")}
 
 
-def need_features(problem: Problem, network: Network) -> None:
+def need_features(
+    problem: Problem, network: Network, what: str = "", instead: str = "let all of it adapt (FewShot)"
+) -> None:
     """Refuse a network that cannot be taken apart into features and head."""
     if not isinstance(network, FeatureNetwork):
         raise UsageError(
-            f"{type(problem).__name__} needs a network of features and a head (a FeatureNetwork such as Conv4), but "
-            f"{type(network).__name__} is not: derive it from FeatureNetwork, or let all of it adapt (FewShot)."
+            f"{type(problem).__name__}{what} needs a network of features and a head (a FeatureNetwork such as Conv4), but "
+            f"{type(network).__name__} is not: derive it from FeatureNetwork, or {instead}."
         )
 
 
