@@ -207,7 +207,7 @@ SOLVED = {
         lambda: proximal(strength=11.0, strengths={"head": 6.0}),
         NewtonCG(atol=1e-11, max_steps=100),
     ),
-    "iMAML, a shared head": (lambda: proximal(shared_head=True), NewtonCG(atol=1e-11, max_steps=100)),
+    "iMAML, a head from zero": (lambda: proximal(zero_head=True), NewtonCG(atol=1e-11, max_steps=100)),
     "ridge": (lambda: RidgeFewShot(characters(), conv(), num_tasks=3), NewtonCG(atol=1e-12, max_steps=100)),
     "sinusoid": (
         lambda: ProximalFewShot(
@@ -244,8 +244,8 @@ KINDS = {
         Unrolled(),
         GradientDescent(max_steps=3, atol=0.0),
     ),
-    "MAML, a shared head": (
-        lambda network: FewShot(characters(), network, num_tasks=3, shared_head=True),
+    "MAML, a head from zero": (
+        lambda network: FewShot(characters(), network, num_tasks=3, zero_head=True),
         Unrolled(),
         GradientDescent(max_steps=3, atol=0.0),
     ),
@@ -375,21 +375,19 @@ def test_first_order_and_reptile_are_what_their_papers_say(maml):
 
 
 @pytest.mark.parametrize("kind", [FewShot, ProximalFewShot, HeadFewShot, LearnedRateFewShot])
-def test_a_shared_head_is_one_row_and_knows_no_order_of_the_classes(kind):
-    problem, apart = (kind(characters(), conv(), num_tasks=3, shared_head=shared) for shared in (True, False))
+def test_a_head_from_zero_is_not_learned_and_knows_no_order_of_the_classes(kind):
+    problem, apart = (kind(characters(), conv(), num_tasks=3, zero_head=zero) for zero in (True, False))
     problem, apart = (one.to(dtype=torch.float64) for one in (problem, apart))
     rate = "rate" if kind is LearnedRateFewShot else 0.1
     solver = GradientDescent(max_steps=3, atol=0.0, learning_rate=rate)
-    start = start_of(problem)
-    assert start["init.head.weight"].shape == (1, 12) and "init.head.bias" not in start
-    full = {**start_of(apart), **start, "init.head.weight": start["init.head.weight"].expand(3, -1).clone()}
+    start, head = start_of(problem), ("init.head.weight", "init.head.bias")
+    assert not set(head) & set(start)
+    full = {**start_of(apart), **{name: torch.zeros_like(start_of(apart)[name]) for name in head}}
     found, expected = (
         hypergradient_at(one, at, method=Unrolled(), solver=solver) for one, at in ((problem, start), (apart, full))
     )
-    for name, value in expected.gradient.items():
-        if name != "init.head.bias":
-            summed = value.sum(0, keepdim=True) if name == "init.head.weight" else value
-            torch.testing.assert_close(found.gradient[name], summed, rtol=1e-8, atol=1e-10)
+    for name, value in found.gradient.items():
+        torch.testing.assert_close(value, expected.gradient[name], rtol=1e-8, atol=1e-10)
     plain = problem.tasks.draw
 
     def relabelled(*arguments):
@@ -480,8 +478,8 @@ MISTAKES = [
         "HeadFewShot needs a network of features and a head",
     ),
     (
-        lambda: FewShot(characters(), ModuleNetwork(torch.nn.Linear(2, 3)), shared_head=True),
-        "FewShot with shared_head needs a network of features and a head .* or leave shared_head out",
+        lambda: FewShot(characters(), ModuleNetwork(torch.nn.Linear(2, 3)), zero_head=True),
+        "FewShot with zero_head needs a network of features and a head .* or leave zero_head out",
     ),
     (lambda: FewShotEvaluation(num_tasks=0), "FewShotEvaluation needs num_tasks >= 1"),
 ]

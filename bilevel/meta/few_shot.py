@@ -37,7 +37,7 @@ from bilevel.tree import TensorDict
 
 Tensors = Mapping[str, Tensor]
 INIT, BODY = "init", "body"
-WEIGHT, BIAS = "head.weight", "head.bias"
+HEAD = ("head.weight", "head.bias")
 
 
 class FewShot(Problem):
@@ -51,12 +51,12 @@ class FewShot(Problem):
         tasks_at_once: how many tasks' query losses are differentiated at a time; fewer take less memory, and less time
             where activations of all would not fit into the processor's cache.
         seed: of the starting weights and of the tasks that are drawn.
-        shared_head: learn one row of the head, from which all classes start. The classes of a task come in no order, so that
-            rows of their own say nothing, and tasks have to unlearn them.
+        zero_head: let the head of every task start at zero, unlearned. The classes of a task come in no order, so that rows of
+            their own say nothing, and tasks have to unlearn them; rows that are all the same cancel in a softmax.
 
     References: Finn, Abbeel and Levine (2017), "Model-agnostic meta-learning for fast adaptation of deep networks"; Nichol,
-    Achiam and Schulman (2018), "On first-order meta-learning algorithms"; Ye and Chao (2022), "How to train your MAML to excel
-    in few-shot classification".
+    Achiam and Schulman (2018), "On first-order meta-learning algorithms"; Kao, Chiu and Chen (2022), "MAML is a noisy
+    contrastive learner in classification" (the head that starts at zero).
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class FewShot(Problem):
         num_tasks: int = 16,
         tasks_at_once: int | None = 2,
         seed: int = 0,
-        shared_head: bool = False,
+        zero_head: bool = False,
     ) -> None:
         """Draw the starting weights."""
         for name, value, kind in (("tasks", tasks, TaskSource), ("network", network, Network)):
@@ -82,9 +82,9 @@ class FewShot(Problem):
         self.tasks, self.network, self.objective = tasks, network, objective or Classification()
         self.num_tasks, self.tasks_at_once, self.seed = num_tasks, tasks_at_once, seed
         self.handles_tasks = network.handles_tasks
-        self.start, self.shared_head = network.init(seed), shared_head
-        if shared_head:
-            need_features(self, network, " with shared_head", "leave shared_head out")
+        self.start, self.zero_head = network.init(seed), zero_head
+        if zero_head:
+            need_features(self, network, " with zero_head", "leave zero_head out")
         way, outputs = getattr(tasks, "way", None), getattr(network, "num_outputs", None)
         if way is not None and outputs is not None and way != outputs:
             raise UsageError(
@@ -100,17 +100,13 @@ class FewShot(Problem):
     def init_params(self, hparams: Tensors) -> TensorDict:
         """The starting point, of which every task has a copy."""
         start = under(INIT, hparams)
-        if self.shared_head:
-            start[WEIGHT] = start[WEIGHT].expand_as(self.start[WEIGHT])
-            start[BIAS] = self.start[BIAS]
+        if self.zero_head:
+            start |= {name: torch.zeros_like(value) for name, value in self.start.items() if name in HEAD}
         return start
 
     def learned_start(self) -> TensorDict:
-        """What is learned of the starting point: of a shared head one row, and no bias, which would favour no class."""
-        if not self.shared_head:
-            return dict(self.start)
-        rest = {name: value for name, value in self.start.items() if name not in (WEIGHT, BIAS)}
-        return {**rest, WEIGHT: self.start[WEIGHT].mean(0, keepdim=True)}
+        """What is learned of the starting point: all of it, or all but a head that starts at zero."""
+        return {name: value for name, value in self.start.items() if not (self.zero_head and name in HEAD)}
 
     def predict(self, params: Tensors, hparams: Tensors, support: Examples, inputs: Tensor) -> Tensor:
         """Outputs `(*batch, N, O)` of adapted parameters for inputs of the same tasks."""
@@ -138,7 +134,7 @@ class ProximalFewShot(FewShot):
         num_tasks: tasks in an outer step.
         tasks_at_once: tasks whose query losses are differentiated at a time.
         seed: of the starting weights and of the tasks.
-        shared_head: learn one row of the head, from which all classes start.
+        zero_head: let the head of every task start at zero, unlearned.
         strength: of the term; its starting value where it is learned.
         strengths: those of some tensors, by beginnings or patterns of their names, of which the first that fits counts:
             `{"head": 0.5}` lets the head move further than the rest.
@@ -160,13 +156,13 @@ class ProximalFewShot(FewShot):
         num_tasks: int = 16,
         tasks_at_once: int | None = 2,
         seed: int = 0,
-        shared_head: bool = False,
+        zero_head: bool = False,
         strength: float = 2.0,
         strengths: Mapping[str, float] | None = None,
         learned: str | Groups | None = None,
     ) -> None:
         """Check the strength."""
-        super().__init__(tasks, network, objective, num_tasks, tasks_at_once, seed, shared_head)
+        super().__init__(tasks, network, objective, num_tasks, tasks_at_once, seed, zero_head)
         self.strengths = _of_tensors(strengths or {}, strength, self.start)
         self.broadcast = None if learned is None else Broadcast.of("strength", learned, self.start)
         if self.broadcast is not None:
@@ -203,7 +199,7 @@ class HeadFewShot(FewShot):
         """The body, and the head's starting point."""
         need_features(self, self.network)
         start = self.learned_start()
-        head = {name: value for name, value in start.items() if name in (WEIGHT, BIAS)}
+        head = {name: value for name, value in start.items() if name in HEAD}
         return {BODY: {name: value for name, value in start.items() if name not in head}, INIT: head}
 
     def predict(self, params: Tensors, hparams: Tensors, support: Examples, inputs: Tensor) -> Tensor:
@@ -221,7 +217,7 @@ class LearnedRateFewShot(FewShot):
         num_tasks: tasks in an outer step.
         tasks_at_once: tasks whose query losses are differentiated at a time.
         seed: of the starting weights and of the tasks.
-        shared_head: learn one row of the head, from which all classes start, at rates of their own.
+        zero_head: let the head of every task start at zero, unlearned; its rates are learned.
         rate: where every learning rate starts; it may become negative, as in the paper.
 
     Reference: Li, Zhou, Chen and Li (2017), "Meta-SGD: learning to learn quickly for few-shot learning".
@@ -235,11 +231,11 @@ class LearnedRateFewShot(FewShot):
         num_tasks: int = 16,
         tasks_at_once: int | None = 2,
         seed: int = 0,
-        shared_head: bool = False,
+        zero_head: bool = False,
         rate: float = 0.1,
     ) -> None:
         """Keep the rate."""
-        super().__init__(tasks, network, objective, num_tasks, tasks_at_once, seed, shared_head)
+        super().__init__(tasks, network, objective, num_tasks, tasks_at_once, seed, zero_head)
         self.rate = rate
 
     def init_hparams(self) -> dict[str, Any]:
