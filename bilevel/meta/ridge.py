@@ -10,7 +10,7 @@ from torch import Tensor
 from bilevel.constraints import Constraint, Positive
 from bilevel.data import Examples, TaskSource
 from bilevel.errors import UsageError
-from bilevel.meta.few_shot import BODY, FewShot, need_features, under
+from bilevel.meta.few_shot import BODY, HEAD, FewShot, need_features, under
 from bilevel.meta.objectives import TaskObjective
 from bilevel.models import FeatureNetwork
 from bilevel.tree import TensorDict
@@ -64,7 +64,7 @@ class RidgeFewShot(FewShot):
     def init_hparams(self) -> dict[str, Any]:
         """The body, the penalty, and how predictions are scaled."""
         like = self.start["head.bias"]
-        body = {name: value for name, value in self.start.items() if not name.startswith("head.")}
+        body = {name: value for name, value in self.start.items() if name not in HEAD}
         number = like.new_full
         return {
             BODY: body,
