@@ -223,6 +223,13 @@ MISTAKES = [
     (lambda: Conv4(0), r"Conv4 needs num_outputs >= 1, an integer, but got 0\."),
     (lambda: Conv4(5, num_filters=2.5), "Conv4 needs num_filters >= 1, an integer, but got 2.5"),
     (lambda: ResNet12(widths=()), r"ResNet12 needs widths of at least 1, but got \[\]"),
+    (
+        lambda: MLP()(
+            {name: value.expand(3, *value.shape) for name, value in MLP().init(0).items()}, torch.rand(3, 5, 8, 8, 1)
+        ),
+        r"examples, 1\), by model.num_inputs, but they have shape \(3, 5, 8, 8, 1\): images want",
+    ),
+    (lambda: MLP()(MLP().init(0), torch.rand(5, 2)), r"but they have shape \(5, 2\)"),
     (lambda: MLP(hidden=(0,)), r"MLP needs widths of at least 1, but got \[1, 0, 1\]"),
     (lambda: activation_of("rely"), "activation was expected to be a function of torch.nn.functional .* but is 'rely'"),
     (lambda: ModuleNetwork(torch.nn.Linear), "ModuleNetwork was expected to get a torch.nn.Module, but got <class"),

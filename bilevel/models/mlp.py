@@ -49,7 +49,17 @@ class MLP(FeatureNetwork):
         return params | linear_weights("head", self.widths[-1], self.num_outputs, seed, len(self.widths))
 
     def features(self, params: Params, inputs: Tensor) -> Tensor:
-        """The activations of the last hidden layer, `(*batch, N, D)`."""
+        """The activations of the last hidden layer, `(*batch, N, D)`.
+
+        Raises:
+            UsageError: inputs are no vectors of the first layer's width.
+        """
+        batched = [value.ndim for name, value in params.items() if name.endswith(".weight") and value.ndim > 2]
+        if inputs.shape[-1] != self.widths[0] or (batched and inputs.ndim != batched[0]):
+            raise UsageError(
+                f"MLP takes inputs of shape (tasks, examples, {self.widths[0]}), by model.num_inputs, but they have shape "
+                f"{tuple(inputs.shape)}: images want a convolutional network, model=conv4 or model=resnet12."
+            )
         x = inputs
         for layer in range(len(self.widths) - 1):
             x = x @ params[f"layer{layer}.weight"].mT + params[f"layer{layer}.bias"].unsqueeze(-2)
