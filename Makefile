@@ -46,6 +46,7 @@ bench: $(STAMP) ## the benchmarks; peers take part when the extra `peers` is ins
 	$(PYTHON) -m benchmarks.meta_gradient
 	$(PYTHON) -m benchmarks.meta_step
 	$(PYTHON) -m benchmarks.meta_memory
+	$(PYTHON) -m benchmarks.meta_sinusoid
 	$(PYTHON) -m benchmarks.meta_accuracy
 
 clean: ## remove the environment and what runs have left

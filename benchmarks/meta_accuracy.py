@@ -37,7 +37,7 @@ def trained(experiment: str, seed: int, seconds: float, folder: Path, keys: Keys
     """The summary of a run: that of an earlier command with the same code and seconds, gone on with where it was cut short."""
     where = folder / f"{experiment}_{seed}_{seconds:g}s_{fingerprint([])[:8]}"
     begun = sorted(where.glob("*/*/config.yaml"))
-    found = [path for path in where.glob("*/*/summary.json") if json.loads(path.read_text())["finished"]]
+    found = [path for path in where.glob("*/*/summary.json") if "evaluation" in json.loads(path.read_text())]
     if begun and not found:
         found = [run(where, {"resume": begun[-1].parent})]
     if not found:
@@ -49,9 +49,7 @@ def trained(experiment: str, seed: int, seconds: float, folder: Path, keys: Keys
         budget: Keys = {"trainer.max_seconds": seconds, "trainer.num_steps": int(seconds / each_step)}
         found = [run(where, {**chosen, **budget, "output_dir": where, "seed": seed})]
     summary: dict[str, Any] = json.loads(found[-1].read_text())
-    score = summary["evaluation"]
-    mean, half = score["mean"][-1], score["half_width"][-1]
-    print(f"{experiment}, seed {seed}: {mean:.4f} ± {half:.4f} after {summary['num_steps']} outer steps", flush=True)
+    print(f"{experiment}, seed {seed}: {Mean.of(each(summary))} after {summary['num_steps']} outer steps", flush=True)
     return summary
 
 
@@ -87,15 +85,16 @@ def main(argv: list[str] | None = None) -> int:
         }
     rows: list[Row] = []
     for (name, seed), summary in runs.items():
-        figures = summary["evaluation"]
+        score = Mean.of(each(summary))
         rows.append(
             {
                 "experiment": name,
                 "seed": seed,
                 "outer steps": summary["num_steps"],
-                "accuracy": figures["mean"][-1],
-                "95 %": figures["half_width"][-1],
-                "floor": figures["floor"],
+                "ended": summary["stopped_because"],
+                "accuracy": score.value,
+                "95 %": score.half_width,
+                "floor": summary["evaluation"]["floor"],
             }
         )
     gaps = torch.stack([each(runs[OURS, seed]) - each(runs[OTHER, seed]) for seed in options.seeds])  # (S, T)

@@ -90,6 +90,8 @@ def test_rotations_are_classes_of_their_own_in_training_only():
         turns |= set(turn.flatten().tolist())
         assert bool((tasks.draw("test", 4, seed).query.inputs[..., 0, 0, 0] == 1).all())
     assert turns == {0, 1, 2, 3}
+    many = ClassEpisodes(images, {"train": range(7)}, way=20, num_query=2)
+    assert many.draw("train", 2, 0).support.inputs.shape[1] == 20
 
 
 @pytest.mark.parametrize("largest", [1, 3])
@@ -124,7 +126,11 @@ MISTAKES = [
     (dict(classes={"train": [0, 1, 1]}), "a class is in the train part twice"),
     (dict(shift=4), "shift was expected to be from 0 to 3 pixels, below the images' side, but is 4"),
     (dict(shift=0.5), "shift was expected to be from 0 to 3 pixels, below the images' side, but is 0.5"),
-    (dict(way=8), "a task of 8 classes \\(way\\) cannot be drawn from the train part, which has 7: lower way"),
+    (dict(way=29), r"a task of 29 classes \(way\) cannot be drawn from the train part, which has 28: lower way"),
+    (
+        dict(way=8, rotations=False),
+        "a task of 8 classes \\(way\\) cannot be drawn from the train part, which has 7: lower way",
+    ),
     (dict(way=3), "a task of 3 classes \\(way\\) cannot be drawn from the validation part, which has 2"),
     (
         dict(shot=4, num_query=3),
@@ -182,6 +188,17 @@ class TestPrefetched:
         assert Prefetched(function)(0) == 0
         assert made[1].wait(timeout=10)
 
+    def test_steps_in_turn_are_made_once_each_and_in_another_thread(self):
+        made = []
+
+        def function(step):
+            made.append((step, threading.current_thread() is threading.main_thread()))
+            return step
+
+        prefetched = Prefetched(function)
+        assert [prefetched(step) for step in (0, 0, 1, 2, 2, 3)] == [0, 0, 1, 2, 2, 3]
+        assert made[:4] == [(0, True), (1, False), (2, False), (3, False)]
+
     def test_an_exception_belongs_to_its_step(self):
         def function(step):
             if step == 1:
@@ -229,7 +246,9 @@ class TestData:
 
     def test_damage_is_told_in_one_sentence(self, omniglot_root, tmp_path):
         content = (data_root(omniglot_root) / omniglot.FILE).read_bytes()
-        for damaged in (content[: len(content) // 2], b"", b"no archive at all"):
+        array = io.BytesIO()
+        np.save(array, np.zeros(3))
+        for damaged in (content[: len(content) // 2], b"", b"no archive at all", array.getvalue()):
             (tmp_path / omniglot.FILE).write_bytes(damaged)
             with pytest.raises(UsageError, match=r"omniglot28.npz is damaged .*: remove it to have it made again"):
                 load_omniglot(tmp_path)
@@ -240,17 +259,17 @@ class TestData:
             load_omniglot(tmp_path)
 
     def test_a_missing_file_says_how_to_get_it(self, monkeypatch, tmp_path):
-        def offline(address, path):
+        def offline(address, timeout):
             raise OSError("no network here")
 
-        monkeypatch.setattr(root.urllib.request, "urlretrieve", offline)
+        monkeypatch.setattr(root.urllib.request, "urlopen", offline)
         with pytest.raises(
             UsageError, match=r"images_background.zip is not in .* cannot be downloaded .*no network here"
         ):
             load_omniglot(tmp_path / "none")
 
     def test_a_wrong_download_is_told_and_a_right_one_kept(self, monkeypatch, tmp_path):
-        monkeypatch.setattr(root.urllib.request, "urlretrieve", lambda address, path: path.write_bytes(b"other"))
+        monkeypatch.setattr(root.urllib.request, "urlopen", lambda address, timeout: io.BytesIO(b"other"))
         with pytest.raises(UsageError, match=r"sent is not images_background.zip: its MD5 was expected to be 68d2efa1"):
             load_omniglot(tmp_path)
         assert not list(tmp_path.iterdir())

@@ -1,25 +1,23 @@
-"""Meta-gradients against closed forms and finite differences, tasks at once against tasks in a loop, and runs that go on."""
+"""Meta-gradients against closed forms and finite differences, and tasks at once against tasks in a loop."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-import json
-from dataclasses import replace
 
 import pytest
 import torch
+from few_shot import OneTask, Quadratics, Spelled, characters, conv, start_of
 from torch.autograd import grad
 
-from bilevel import Positive, Problem, hypergradient_at
-from bilevel.data import ClassEpisodes, Examples, Sinusoid
+from bilevel import hypergradient_at
+from bilevel.data import Examples, Sinusoid
 from bilevel.errors import UsageError
 from bilevel.hypergradient import ForwardMode, Implicit, Unrolled
 from bilevel.hypergradient.negative_curvature import Truncate
 from bilevel.linalg import ConjugateGradient, HessianOperator, as_matrix
 from bilevel.meta import (
     FewShot,
-    FewShotEvaluation,
     FirstOrder,
     HeadFewShot,
     LearnedRateFewShot,
@@ -27,97 +25,14 @@ from bilevel.meta import (
     Regression,
     Reptile,
     RidgeFewShot,
-    evaluate,
 )
-from bilevel.models import MLP, Conv4, FeatureNetwork, ModuleNetwork
+from bilevel.models import MLP
 from bilevel.solvers import LBFGS, GradientDescent, NewtonCG
-from bilevel.trainer import Trainer, fit, run
 from bilevel.trainer.setup import set_up
-from bilevel.tree import flatten_names
 
 pytestmark = pytest.mark.usefixtures("float64")
 ADAM = functools.partial(torch.optim.Adam, lr=0.01)
 EXACT = Implicit(warm_start=False, linear_solver=ConjugateGradient(rtol=1e-12), error_estimate=None)
-
-
-def images(num_classes=10, side=8, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    prototypes = torch.randint(0, 256, (num_classes, 1, side, side, 1), generator=draw)
-    noise = torch.randint(-40, 40, (num_classes, 8, side, side, 1), generator=draw)
-    return (prototypes + noise).clamp(0, 255).to(torch.uint8)
-
-
-def characters(way=3, **sizes):
-    parts = {"train": range(6), "validation": range(6, 8) if way < 3 else [], "test": range(7, 10)}
-    return ClassEpisodes(images(), {**parts, "validation": []}, way=way, num_query=2, **sizes)
-
-
-def conv(way=3, activation="softplus"):
-    return Conv4(way, num_filters=3, image_size=8, num_layers=2, activation=activation)
-
-
-# --- the quadratic tasks of the theory --------------------------------------------------------------------------------
-
-
-class Spelled(Problem):
-    """`x^T A_t x / 2 - b_t^T x + strength ‖x - init‖² / 2` and `‖x - c_t‖² / 2`, five tasks of six unknowns."""
-
-    constraints = {"strength": Positive()}
-    num_tasks = 5
-
-    def __init__(self, seed, per_tensor=False):
-        draw = torch.Generator().manual_seed(seed)
-        self.init = {name: torch.randn(3, generator=draw) for name in ("u", "v")}
-        self.strengths = {"strength.u": torch.tensor(0.7), "strength.v": torch.tensor(1.9)}
-        self.per_tensor = per_tensor
-
-    def episodes(self, step):
-        draw = torch.Generator().manual_seed(step)
-        root = torch.randn(5, 6, 6, generator=draw)
-        inner = {"A": root @ root.mT / 6, "b": torch.randn(5, 6, generator=draw)}
-        return inner, {"c": torch.randn(5, 6, generator=draw)}
-
-    def init_hparams(self):
-        return {"init": self.init, **(self.strengths if self.per_tensor else {"strength": torch.tensor(1.3)})}
-
-    def init_params(self, hparams):
-        return {name: hparams[f"init.{name}"] for name in ("u", "v")}
-
-    def support_loss(self, params, batch):
-        x = torch.cat([params["u"], params["v"]])
-        return x @ batch["A"] @ x / 2 - batch["b"] @ x
-
-    def inner_loss(self, params, hparams, batch):
-        strengths = {name: hparams[f"strength.{name}" if self.per_tensor else "strength"] for name in params}
-        term = sum(strengths[n] * (params[n] - hparams[f"init.{n}"]).square().sum() for n in params)
-        return self.support_loss(params, batch) + term / 2
-
-    def outer_loss(self, params, hparams, batch):
-        return (torch.cat([params["u"], params["v"]]) - batch["c"]).square().sum() / 2
-
-    def closed_form(self, hparams, step):
-        inner, outer = self.episodes(step)
-        strength = (
-            torch.cat([hparams[f"strength.{name}"].expand(3) for name in ("u", "v")])
-            if self.per_tensor
-            else hparams["strength"].expand(6)
-        )
-        init = torch.cat([hparams["init.u"], hparams["init.v"]])
-        x = torch.linalg.solve(inner["A"] + strength.diag(), inner["b"] + strength * init)
-        return (x - outer["c"]).square().sum(-1).mean() / 2
-
-
-class Quadratics(Spelled):
-    """The same with the term as an anchor."""
-
-    def inner_loss(self, params, hparams, batch):
-        return self.support_loss(params, batch)
-
-    def anchor(self, hparams):
-        strengths = (
-            {name: hparams[f"strength.{name}"] for name in ("u", "v")} if self.per_tensor else hparams["strength"]
-        )
-        return strengths, self.init_params(hparams)
 
 
 @pytest.mark.parametrize("per_tensor", [False, True])
@@ -134,10 +49,6 @@ def test_the_meta_gradient_of_quadratic_tasks_is_the_closed_form(solver, step, p
     assert found.outer_loss == pytest.approx(float(problem.closed_form(hparams, step)), rel=1e-9)
     for name, value in zip(hparams, expected, strict=True):
         torch.testing.assert_close(found.gradient[name], value, rtol=1e-8, atol=1e-9)
-
-
-def start_of(problem):
-    return problem.place(flatten_names(problem.init_hparams()))
 
 
 def test_strengths_by_patterns_are_those_of_their_tensors_and_the_first_that_fits_counts():
@@ -181,9 +92,6 @@ def test_an_anchor_is_the_same_as_its_term_in_the_loss():
         assert ours.inner_loss == pytest.approx(theirs.inner_loss, rel=1e-12)
         for name in ours.gradient:
             torch.testing.assert_close(ours.gradient[name], theirs.gradient[name], rtol=1e-9, atol=1e-11)
-
-
-# --- networks ---------------------------------------------------------------------------------------------------------
 
 
 def proximal(network=None, **changes):
@@ -273,31 +181,6 @@ KINDS = {
 }
 
 
-class OneTask(FeatureNetwork):
-    """The network as a user would write it: for one task, in torch's own operations."""
-
-    handles_tasks = False
-    num_outputs = 3
-
-    def __init__(self, loops=False):
-        self.network, self.loops = conv(), loops
-
-    def init(self, seed):
-        return self.network.init(seed)
-
-    def features(self, params, inputs):
-        x = inputs.permute(0, 3, 1, 2)
-        if self.loops and float(inputs.sum()) < 0:  # what vmap cannot do
-            return x
-        for layer in range(2):
-            weight, gain, bias = (params[f"conv{layer}.{part}"] for part in ("weight", "gain", "bias"))
-            x = torch.nn.functional.conv2d(x, weight.permute(0, 3, 1, 2), None, 2, 1)
-            mean, variance = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), keepdim=True, unbiased=False)
-            x = (x - mean) / (variance + 1e-5).sqrt() * gain.view(-1, 1, 1) + bias.view(-1, 1, 1)
-            x = torch.nn.functional.softplus(x)
-        return x.permute(0, 2, 3, 1).flatten(1)
-
-
 @pytest.mark.parametrize("name", KINDS)
 def test_tasks_at_once_by_vmap_and_in_a_loop_give_the_same_numbers(name):
     make, method, solver = KINDS[name]
@@ -321,6 +204,20 @@ def test_parts_of_the_tasks_add_up(name, tasks_at_once):
     one, other = (hypergradient_at(problem, method=method, solver=solver) for problem in (whole, parts))
     for key, value in one.gradient.items():
         torch.testing.assert_close(other.gradient[key], value, rtol=1e-10, atol=1e-12)
+
+
+def test_query_losses_of_no_more_tasks_than_asked_for_are_recorded_at_a_time():
+    problem, seen = proximal(tasks_at_once=2).to(dtype=torch.float64), set()
+    loss = problem.outer_loss
+
+    def watched(params, hparams, batch):
+        if any(value.requires_grad for value in params.values()):
+            seen.add(len(batch.query.inputs))
+        return loss(params, hparams, batch)
+
+    problem.outer_loss = watched
+    hypergradient_at(problem, method=EXACT, solver=GradientDescent(max_steps=2, atol=0.0))
+    assert seen == {1, 2}  # of three tasks
 
 
 def by_hand(problem, rate, num_steps, hparams):
@@ -444,218 +341,3 @@ def test_negative_curvature_of_some_tasks_ends_their_solve_and_is_told():
     assert found.receipt.curvature_min < 0
     assert any("tasks: the linear solve ends before it" in reason for reason in found.receipt.biased)
     assert all(bool(value.isfinite().all()) for value in found.gradient.values())
-
-
-# --- mistakes ---------------------------------------------------------------------------------------------------------
-
-MISTAKES = [
-    (lambda: FewShot(characters(way=2), conv(3)), r"tasks have 2 classes \(data.way\), but the network has 3 outputs"),
-    (lambda: FewShot(conv(), conv()), "FewShot.tasks was expected to be a TaskSource"),
-    (lambda: FewShot(characters(), characters()), "FewShot.network was expected to be a Network"),
-    (
-        lambda: FewShot(characters(), conv(), tasks_at_once=0),
-        "tasks_at_once was expected to be an integer of at least 1",
-    ),
-    (
-        lambda: ProximalFewShot(characters(), conv(), strength=0.0),
-        "strength of the proximal term was expected to be above 0",
-    ),
-    (
-        lambda: ProximalFewShot(characters(), conv(), strengths={"head": "much"}),
-        "strength of the proximal term was expected to be above 0, but is 'much'",
-    ),
-    (
-        lambda: ProximalFewShot(characters(), conv(), strengths={"haed": 1.0}),
-        "'haed' in strengths fits none of the tensors conv0.weight",
-    ),
-    (
-        lambda: ProximalFewShot(characters(), conv(), strengths={"head": 1.0}, learned="shared"),
-        r"learned strength 'strength' were expected to start with the same, but have \[1.0, 2.0\]",
-    ),
-    (lambda: RidgeFewShot(characters(), conv(), penalty=-1.0), "penalty and scale were expected to be above 0"),
-    (
-        lambda: HeadFewShot(characters(), ModuleNetwork(torch.nn.Linear(2, 3))).init_hparams(),
-        "HeadFewShot needs a network of features and a head",
-    ),
-    (
-        lambda: FewShot(characters(), ModuleNetwork(torch.nn.Linear(2, 3)), zero_head=True),
-        "FewShot with zero_head needs a network of features and a head .* or leave zero_head out",
-    ),
-    (lambda: FewShotEvaluation(num_tasks=0), "FewShotEvaluation needs num_tasks >= 1"),
-]
-
-
-@pytest.mark.parametrize(("mistake", "sentence"), MISTAKES)
-def test_a_mistake_is_told_in_one_sentence(mistake, sentence):
-    with pytest.raises(UsageError, match=sentence):
-        mistake()
-
-
-def test_a_starting_point_is_out_of_reach_of_the_theorem_without_an_anchor():
-    with pytest.raises(UsageError, match=r"'init\..*only enters the starting point"):
-        hypergradient_at(FewShot(characters(), conv(), num_tasks=2).to(dtype=torch.float64), method=EXACT)
-
-
-# --- runs -------------------------------------------------------------------------------------------------------------
-
-
-def sinusoids():
-    torch.set_default_dtype(torch.float64)
-    return FewShot(Sinusoid(), MLP(hidden=(8,)), Regression(), num_tasks=4).to(dtype=torch.float64)
-
-
-SOLVER = GradientDescent(max_steps=2, atol=0.0, learning_rate=0.01)
-
-
-def test_a_run_in_pieces_is_the_run_in_one(tmp_path):
-    def trained(folder, *lengths):
-        for number, length in enumerate(lengths):
-            trainer = Trainer(num_steps=length, checkpoint_every=2)
-            run(sinusoids(), SOLVER, Unrolled(), ADAM, trainer, tmp_path / folder, resume=number > 0)
-        return (tmp_path / folder / "hparams_last.safetensors").read_bytes()
-
-    assert trained("one", 7) == trained("pieces", 3, 5, 7)
-    assert trained("other", 6) != trained("one", 7)
-
-
-def test_evaluation_is_on_fixed_tasks_however_many_at_a_time():
-    setup, state = set_up(sinusoids(), SOLVER, Unrolled(), ADAM, None)
-    hparams = setup.natural(state.raw)
-    found = evaluate(setup.problem, setup.solver, hparams, num_tasks=10, seed=3, steps=(1, 7))
-    again = evaluate(setup.problem.with_tasks(3), setup.solver, hparams, num_tasks=10, seed=3, steps=(1,))
-    other = evaluate(setup.problem, setup.solver, hparams, num_tasks=10, seed=4, steps=(1,))
-    assert found.steps == (0, 1, 2, 7) and found.scores.shape == (4, 10) and found.num_steps == 2
-    assert torch.equal(found.each, found.scores[2]) and found.num_diverged == 0
-    torch.testing.assert_close(found.scores[:3], again.scores, rtol=1e-12, atol=1e-12)
-    assert not torch.allclose(found.scores[:3], other.scores)
-    params, hand = {name.removeprefix("init."): value for name, value in hparams.items()}, []
-    for number in range(10):
-        episode = setup.problem.problem.tasks.draw("test", 1, 3, number)
-        outputs = setup.problem.problem.network(params, episode.query.inputs[0])
-        hand.append((outputs - episode.query.targets[0]).square().mean())
-    torch.testing.assert_close(found.scores[0], torch.stack(hand).detach(), rtol=1e-12, atol=1e-12)
-
-
-def test_the_callback_records_validation_and_leaves_tables_and_pictures(tmp_path):
-    from safetensors.torch import load_file
-
-    evaluation = FewShotEvaluation(num_tasks=6, every=2, num_validation_tasks=5, steps=(1,), num_pictures=2)
-    records = []
-
-    class Keep:
-        def on_start(self, start): ...
-        def on_step(self, record, hparams):
-            records.append(dict(record))
-
-        def on_end(self, summary): ...
-
-    trainer = Trainer(num_steps=4)
-    run(sinusoids(), SOLVER, Unrolled(), ADAM, trainer, tmp_path, callbacks=[evaluation, Keep()])
-    assert ["metrics.validation_mse" in record for record in records] == [False, True, False, True]
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    figures = summary["evaluation"]
-    assert figures["inner_steps"] == [0, 1, 2] and len(figures["each"]) == figures["num_tasks"] == 6
-    assert figures["mean"][-1] == pytest.approx(sum(figures["each"]) / 6)
-    assert [row[0] for row in summary["baseline"]["rows"]][1:] == [f"after {n} inner steps" for n in (0, 1, 2)]
-    tensors = load_file(tmp_path / "episodes.safetensors")
-    assert tensors["outputs.after"].shape == tensors["query.targets"].shape == (2, 50, 1)
-
-
-def test_a_task_that_diverges_takes_no_other_with_it():
-    wild = GradientDescent(max_steps=60, atol=0.0, learning_rate=0.2)
-    together, alone = (
-        evaluate(problem, wild, start_of(problem), num_tasks=8, steps=(5,))
-        for problem in (
-            FewShot(Sinusoid(), MLP(hidden=(8,)), Regression(), num_tasks=number).to(dtype=torch.float64)
-            for number in (4, 1)
-        )
-    )
-    assert 0 < together.num_diverged < 8 and together.num_diverged == alone.num_diverged
-    torch.testing.assert_close(together.scores, alone.scores, rtol=1e-6, atol=1e-6, equal_nan=True)
-
-
-def test_evaluation_takes_what_the_outer_loop_takes():
-    rates = LearnedRateFewShot(Sinusoid(), MLP(hidden=(6,)), Regression(), num_tasks=3, rate=0.01).to(
-        dtype=torch.float64
-    )
-    named = evaluate(rates, replace(SOLVER, learning_rate="rate"), start_of(rates), num_tasks=4)
-    plain = evaluate(rates, replace(SOLVER, learning_rate=0.01), start_of(rates), num_tasks=4)
-    torch.testing.assert_close(named.scores, plain.scores)
-    looped = FewShot(characters(), OneTask(loops=True), num_tasks=3).to(dtype=torch.float64)
-    with pytest.warns(UserWarning, match="one after the other"):
-        found = evaluate(looped, SOLVER, start_of(looped), num_tasks=4)
-    together = FewShot(characters(), conv(), num_tasks=3).to(dtype=torch.float64)
-    torch.testing.assert_close(found.scores, evaluate(together, SOLVER, start_of(together), num_tasks=4).scores)
-
-
-def test_evaluation_draws_the_same_numbers_each_time_and_none_of_the_runs():
-    module = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
-    problem = FewShot(Sinusoid(), ModuleNetwork(module), Regression(), num_tasks=3).to(dtype=torch.float64)
-    before = torch.get_rng_state()
-    one, again = (evaluate(problem, SOLVER, start_of(problem), num_tasks=4, steps=(1,)) for _ in range(2))
-    torch.testing.assert_close(one.scores, again.scores, rtol=0, atol=0)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_buffers_of_a_module_move_with_its_problem():
-    module = torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1)).float().eval()
-    problem = FewShot(Sinusoid(), ModuleNetwork(module), Regression(), num_tasks=2).to(dtype=torch.float64)
-    assert evaluate(problem, SOLVER, start_of(problem), num_tasks=2).scores.dtype == torch.float64
-
-
-def test_outputs_of_another_shape_than_their_targets_are_refused():
-    with pytest.raises(UsageError, match=r"shape of the targets, \(2, 5, 1\), but have \(2, 5, 3\)"):
-        Regression().loss(torch.zeros(2, 5, 3), torch.zeros(2, 5, 1))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        ({"num_pictures": -1}, "num_pictures >= 0, an integer, but got -1"),
-        ({"steps": (1, 0.5)}, "steps >= 0, an integer, but got 0.5"),
-        ({"seed": "x"}, "seed >= 0, an integer, but got 'x'"),
-        ({"max_steps": 0}, "max_steps >= 1"),
-        ({"every": 0}, "every >= 1"),
-    ],
-)
-def test_a_wrong_evaluation_is_refused_before_the_run(arguments, sentence):
-    with pytest.raises(UsageError, match=sentence):
-        FewShotEvaluation(**arguments)
-
-
-def test_evaluation_of_another_problem_is_refused():
-    with pytest.raises(UsageError, match="few-shot evaluation needs a FewShot problem, but this is a Quadratics"):
-        fit(Quadratics(0), num_steps=1, callbacks=[FewShotEvaluation()], hypergradient=EXACT, solver=NewtonCG())
-
-
-def test_a_run_stops_when_its_seconds_are_used():
-    result = fit(
-        sinusoids(), solver=SOLVER, hypergradient=Unrolled(), trainer=Trainer(num_steps=10**6, max_seconds=0.05)
-    )
-    assert "of 0.05 seconds were used" in result.summary["stopped_because"]
-    assert 0 < result.summary["num_steps"] < 10**6
-    with pytest.raises(UsageError, match="trainer.max_seconds must be above 0"):
-        Trainer(max_seconds=0.0)
-
-
-def test_the_latest_step_is_the_best_of_a_run_of_episodes_and_patience_is_refused():
-    result = fit(sinusoids(), solver=SOLVER, hypergradient=Unrolled(), num_steps=5)
-    assert result.summary["best"]["step"] == 4
-    with pytest.raises(UsageError, match=r"trainer.patience=2 .* each step of this problem has an episode of its own"):
-        fit(sinusoids(), solver=SOLVER, hypergradient=Unrolled(), trainer=Trainer(patience=2))
-
-
-def test_training_lowers_the_error_of_new_tasks():
-    problem = ProximalFewShot(Sinusoid(), MLP(hidden=(20, 20)), Regression(), num_tasks=10, strength=0.5).to(
-        dtype=torch.float64
-    )
-    budget = ConjugateGradient(rtol=None, max_steps=5)
-    method = Implicit(warm_start=False, linear_solver=budget, negative_curvature=Truncate(), error_estimate=None)
-    solver = GradientDescent(max_steps=10, atol=0.0, learning_rate=0.05)
-    trained = fit(problem, solver=solver, hypergradient=method, num_steps=200, optimizer=ADAM)
-    setup, state = set_up(problem, solver, EXACT, ADAM, None)
-    before, after = (
-        evaluate(setup.problem, solver, hparams, num_tasks=100).final.value
-        for hparams in (setup.natural(state.raw), trained.hparams)
-    )
-    assert after < 0.8 * before

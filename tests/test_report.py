@@ -203,11 +203,38 @@ def test_a_sweep_is_ranked_with_what_differs(tmp_path: Path) -> None:
     assert "best outer loss 0.50000 run 2" in page.text and "runs 3 2 of them ended" in page.text
     board = page.text[page.text.index("Leaderboard") : page.text.index("Figure 1.")]
     assert "outer_optimizer.lr" in board and "seed" not in board
-    places = [board.index(words) for words in ("2 0.2 0.500000", "10 0.3 0.750000", "1/nested 0.4 1.00000 ")]
+    places = [board.index(words) for words in ("2 0.2 0.50000", "10 0.3 0.75000", "1/nested 0.4 1.0000 ")]
     assert places == sorted(places) and "killed or running" in board
     links = [source for source in page.sources if not source.startswith("data:")]
     assert links == ["10/report.html"]
     assert (sweep / "figures" / "curves.png").is_file()
+
+
+def scored(folder: Path, accuracy: float, higher: bool = True) -> Path:
+    """A few-shot run: the outer losses of its steps are those of different tasks, and test tasks have a score."""
+    run = make_run(folder)
+    summary = json.loads((run / "summary.json").read_text())
+    mean, half = [0.2, accuracy, 0.1], [0.0, 0.003, 0.01]
+    evaluation = {**EVALUATION, "higher_is_better": higher, "num_tasks": 1000, "mean": mean, "half_width": half}
+    (run / "summary.json").write_text(json.dumps({**summary, "comparable": False, "evaluation": evaluation}))
+    return run
+
+
+def test_a_few_shot_run_is_judged_by_its_test_tasks(tmp_path: Path) -> None:
+    page = Page(report(scored(tmp_path / "sweep" / "1", 0.9)))
+    assert "accuracy 0.9000 ± 0.0030 on 1,000 test tasks" in page.text
+    assert (
+        "best outer loss" not in page.text
+        and "the best step" not in page.text
+        and "each step's on tasks of its own" in page.text
+    )
+    scored(tmp_path / "sweep" / "2", 0.95)
+    board = Page(write_sweep_report(tmp_path / "sweep")).text
+    assert "ranked by the accuracy of each run" in board and board.index("2 0.9500") < board.index("1 0.9000")
+    for name, mse in (("1", 0.4), ("2", 0.3)):
+        scored(tmp_path / "errors" / name, mse, higher=False)
+    errors = Page(write_sweep_report(tmp_path / "errors")).text
+    assert errors.index("2 0.3000") < errors.index("1 0.4000")
 
 
 def test_a_sweep_without_a_finite_loss_has_a_page(tmp_path: Path) -> None:
@@ -253,6 +280,7 @@ EVALUATION = {
     "score": "accuracy",
     "num_tasks": 40,
     "inner_steps": [0, 1, 4],
+    "num_steps": 1,
     "mean": [0.2, 0.7, 0.9],
     "half_width": [0.03, 0.02, 0.01],
     "floor": 0.47,

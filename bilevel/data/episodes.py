@@ -106,9 +106,10 @@ class ClassEpisodes(TaskSource):
         _check_disjoint(classes, len(images))
         for part, chosen in self.classes.items():
             self.check_part(part)
-            if len(chosen) and way > len(chosen):
+            number = len(chosen) * self._turns(part)
+            if number and way > number:
                 raise UsageError(
-                    f"a task of {way} classes (way) cannot be drawn from the {part} part, which has {len(chosen)}: lower way."
+                    f"a task of {way} classes (way) cannot be drawn from the {part} part, which has {number}: lower way."
                 )
         if shot + num_query > images.shape[1]:
             raise UsageError(
@@ -120,6 +121,10 @@ class ClassEpisodes(TaskSource):
         """Whether it has classes."""
         return len(self.classes.get(part, ())) > 0
 
+    def _turns(self, part: str) -> int:
+        """As how many classes each class of a part counts."""
+        return 4 if self.rotations and part == "train" else 1
+
     def draw(self, part: str, num_tasks: int, *seeds: int) -> Episode:
         """See `TaskSource.draw`; inputs are between 0 and 1, in torch's default dtype."""
         self.check_part(part)
@@ -127,7 +132,7 @@ class ClassEpisodes(TaskSource):
             raise UsageError(f"there are no classes for the {part} part of these tasks.")
         chosen = self.classes[part]
         source = generator(PARTS.index(part), *seeds)
-        turns = 4 if self.rotations and part == "train" else 1
+        turns = self._turns(part)
         drawn = _without_replacement(num_tasks, len(chosen) * turns, self.way, source)  # (T, way)
         classes, turn = chosen[drawn % len(chosen)], drawn // len(chosen)
         number = self.shot + self.num_query

@@ -90,7 +90,9 @@ def load_omniglot(root: str | Path | None = None) -> Tensor:
     try:
         with np.load(path, allow_pickle=False) as content:
             images, expected = content["images"], str(content["sha256"]) if "sha256" in content else SHA256
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except PermissionError as error:
+        raise UsageError(f"{path} cannot be read ({_reason(error)}): give yourself the right to read it.") from error
+    except _DAMAGE as error:
         raise UsageError(f"{path} is damaged ({_reason(error)}): {_REMEDY}") from error
     found = _sha256(images)
     if found != expected:
@@ -100,6 +102,8 @@ def load_omniglot(root: str | Path | None = None) -> Tensor:
     return torch.from_numpy(images).unsqueeze(-1)
 
 
+# What NumPy and zipfile raise on bytes that are not what they were; TypeError where they are one array and not an archive.
+_DAMAGE = (OSError, ValueError, KeyError, EOFError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error)
 _REMEDY = "remove it to have it made again from the official archives."
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import urllib.request
 from pathlib import Path
 
 from bilevel.errors import UsageError
 
 VARIABLE = "BILEVEL_DATA"
+PATIENCE = 60.0  # seconds without a byte after which a download is given up
 
 
 def data_root(root: str | Path | None = None) -> Path:
@@ -39,7 +41,8 @@ def fetch(address: str, path: Path, md5: str) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # runs of a sweep may want it at the same time
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        urllib.request.urlretrieve(address, partial)
+        with urllib.request.urlopen(address, timeout=PATIENCE) as sent, partial.open("wb") as handle:
+            shutil.copyfileobj(sent, handle)
         found = _md5(partial)
         if found != md5:
             raise UsageError(

@@ -37,7 +37,8 @@ def find_paths(
 ) -> dict[str, set[str]]:
     """The paths of each hyperparameter, read off the graphs (whether it is used at all, not how much).
 
-    All but the direct path lead through `params`: they count only where the outer loss depends on those.
+    All but the direct path lead through `params`: they count only where the outer loss depends on those. Of many tasks it is
+    looked at for as many as are differentiated at a time: the graph of all may be more than there is memory for.
 
     Raises:
         UsageError: the inner loss is not finite at the starting point, or does not depend on `params`.
@@ -46,7 +47,8 @@ def find_paths(
         at = leaves(hparams)
         start = problem.start(at)
         x = start.detach().requires_grad_()
-        outer = problem.outer_loss(x, at, batches.outer).sum()
+        part, some, batch = next(problem.in_parts(x, batches.outer))
+        outer = part.outer_loss(some, at, batch).sum()
         outputs = {"direct": outer}
         if _used(outer, [x])[0]:
             outputs |= {"inner": _optimality(problem, solver, x, at, batches), "initial": start}

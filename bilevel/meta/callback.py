@@ -64,7 +64,13 @@ class FewShotEvaluation(Callback):
         self.problem, self.score = run.setup.problem, few_shot(run.setup.problem).objective.score_name
         solver = run.setup.solver
         self.solver = solver if self.max_steps is None else replace(solver, max_steps=self.max_steps)
-        self.has_validation = few_shot(self.problem).tasks.has_part("validation")
+        tasks = few_shot(self.problem).tasks
+        self.has_validation = tasks.has_part("validation")
+        if not tasks.has_part("test"):
+            raise UsageError(
+                "FewShotEvaluation scores test tasks at the end of a run, but there are no classes for the test part of these "
+                "tasks: give them some, or leave the callback out."
+            )
 
     def on_step(self, record: dict[str, Any], hparams: dict[str, Tensor]) -> None:
         """Add the validation score to some records."""
@@ -92,6 +98,7 @@ class FewShotEvaluation(Callback):
         curve = [Mean.of(scores) for scores in found.scores]
         return {
             "score": self.score,
+            "higher_is_better": few_shot(self.problem).objective.higher_is_better,
             "num_tasks": self.num_tasks,
             "seed": self.seed,
             "inner_steps": list(found.steps),

@@ -63,7 +63,8 @@ class ModuleNetwork(Network):
     """Any `torch.nn.Module` of one task: weights are its parameters, images come to it channels first.
 
     Its buffers are constants. One that tracks running statistics should not (`track_running_stats=False`): a task
-    normalises by its own batch.
+    normalises by its own batch. It stays in the mode it is in: dropout is for `module.eval()` to switch off, since
+    evaluation adapts tasks as training does.
 
     Args:
         module: the module.

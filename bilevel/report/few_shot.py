@@ -53,7 +53,8 @@ def _paint_scores(found: dict[str, Any], theme: Theme) -> Figure:
     panel.axhline(found["floor"], color=theme.faint, linestyle="--", linewidth=1.0)
     panel.set_xlabel("inner steps")
     panel.set_ylabel(found["score"])
-    panel.set_title(f"{number(mean[-1], 4)} ± {number(half[-1], 2)} after {int(steps[-1])}")
+    own = found["inner_steps"].index(found["num_steps"])
+    panel.set_title(f"{number(mean[own], 4)} ± {number(half[own], 2)} after {int(steps[own])}")
     return figure
 
 

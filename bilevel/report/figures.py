@@ -45,9 +45,8 @@ def _losses(run: Run) -> list[Plate]:
     keys = [key for key in ("outer_loss", "inner_loss") if run.series(key)[0].size]
     if not keys:
         return []
-    caption = "Left: the outer loss, which the hyperparameters minimise; the dot is the best step. " * (
-        "outer_loss" in keys
-    )
+    dot = "; the dot is the best step" if run.is_comparable else ", each step's on tasks of its own"
+    caption = f"Left: the outer loss, which the hyperparameters minimise{dot}. " * ("outer_loss" in keys)
     caption += "Right: the inner loss at the inner solution; it need not fall, for it is not what is being tuned." * (
         len(keys) > 1
     )
@@ -59,7 +58,7 @@ def _paint_losses(run: Run, keys: Sequence[str], theme: Theme) -> Figure:
     for index, (key, panel) in enumerate(zip(keys, axes, strict=True)):
         curve(panel, run, key, theme.series[index])
         panel.set_title(key.replace("_", " "))
-        if key == "outer_loss" and run.best is not None:
+        if key == "outer_loss" and run.is_comparable and run.best is not None:
             step, loss = run.best
             panel.plot([step], [loss], "o", color=theme.ink, markersize=4.5, zorder=5)
             note = f"best {number(loss, 5)} at step {step}"

@@ -69,9 +69,9 @@ footer { font-size: 12.5px; color: var(--faint); margin-top: 28px; overflow-wrap
 
 def run_page(run: Run) -> Path:
     """Write the figures and the page of one run; return the page's path."""
-    best = run.best
+    standing = run.standing
     figures = [
-        ("best outer loss", number(best and best[1], 5), f"at step {best[0]}" if best else "no finite loss yet"),
+        (standing.name, standing.figure, standing.where),
         ("outer steps", number(run.num_steps_taken), _of(run)),
         ("wall time", duration(run.wall_seconds), _memory(run)),
         ("products", number(_total(run, "receipt.products")), "with the inner Hessian, for all hypergradients"),

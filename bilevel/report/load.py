@@ -7,15 +7,16 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 from numpy.typing import NDArray
 
 from bilevel.errors import UsageError
+from bilevel.tracking.format import number
 from bilevel.tracking.jsonl import read_metrics
 
-__all__ = ["Run", "find_runs", "is_run", "load_run", "load_sweep"]
+__all__ = ["Run", "Standing", "find_runs", "is_run", "load_run", "load_sweep"]
 
 _RECORDS, _SUMMARY, _CONFIG, _HPARAMS = "metrics.jsonl", "summary.json", "config.yaml", "hparams.safetensors"
 _EPISODES = "episodes.safetensors"
@@ -25,6 +26,22 @@ _DTYPES = {
     **{"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1"},
     **{"U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?"},
 }
+
+
+class Standing(NamedTuple):
+    """What a run is judged and ranked by: its score on test tasks where it has one, else its outer loss.
+
+    Attributes:
+        name: what the figure is.
+        figure: ready to print.
+        where: at which step, or on what.
+        rank: a number that is smaller for a better run.
+    """
+
+    name: str
+    figure: str
+    where: str
+    rank: float
 
 
 @dataclass(frozen=True)
@@ -67,6 +84,27 @@ class Run:
             return best["step"], float(best["outer_loss"])
         losses = [(float(r["outer_loss"]), int(r["step"])) for r in self.records if is_finite(r.get("outer_loss"))]
         return min(losses)[::-1] if losses else None
+
+    @property
+    def is_comparable(self) -> bool:
+        """Whether outer losses of different steps are those of one problem, so that one step is the best."""
+        return bool(self.summary.get("comparable", True))
+
+    @property
+    def standing(self) -> Standing:
+        """What to look at first."""
+        score = self.summary.get("evaluation")
+        if score:
+            own = score["inner_steps"].index(score["num_steps"])
+            mean, half = score["mean"][own], score["half_width"][own]
+            text = f"{number(mean)} ± {number(half, 2)}" if is_finite(half) else number(mean)
+            rank = math.inf if not is_finite(mean) else -mean if score.get("higher_is_better", True) else mean
+            return Standing(score["score"], text, f"on {score['num_tasks']:,} test tasks", rank)
+        name = "best outer loss" if self.is_comparable else "latest outer loss"
+        if self.best is None:
+            return Standing(name, number(None), "no finite loss yet", math.inf)
+        step, loss = self.best
+        return Standing(name, number(loss, 5), f"at step {step}", loss)
 
     @property
     def wall_seconds(self) -> float | None:

@@ -31,18 +31,18 @@ _HIDDEN = ("hydra.", "directory", "run_dir", "output_dir", "resume")
 def sweep_page(sweep: tuple[Path, list[Run]]) -> Path:
     """Write the figures and the page of a sweep; return the page's path."""
     directory, runs = sweep
-    ranked = sorted(runs, key=lambda run: run.best[1] if run.best else math.inf)
-    best = ranked[0].best
+    ranked = sorted(runs, key=lambda run: run.standing.rank)
+    best = ranked[0].standing
     labels = [os.path.relpath(run.directory, directory) for run in ranked]
     seconds = [run.wall_seconds for run in ranked if run.wall_seconds is not None]
     figures = [
-        ("best outer loss", number(best and best[1], 5), f"run {labels[0]}" if best else "no finite loss yet"),
+        (best.name, best.figure, f"run {labels[0]}" if best.rank < math.inf else best.where),
         ("runs", number(len(runs)), f"{sum(bool(run.summary) for run in runs)} of them ended"),
         ("time of all runs", duration(sum(seconds) if seconds else None), ""),
     ]
     name = directory.resolve().name
     parts = [
-        header("A sweep of bilevel", name, "ranked by the best outer loss of each run", figures),
+        header("A sweep of bilevel", name, f"ranked by the {best.name} of each run", figures),
         "<h2>Leaderboard</h2>" + _leaderboard(directory, ranked, labels),
     ]
     plate = _curves(ranked, labels)
@@ -55,18 +55,17 @@ def _leaderboard(directory: Path, runs: Sequence[Run], labels: Sequence[str]) ->
     differing = differences([run.config for run in runs])
     metrics = list(dict.fromkeys(key for run in runs for key in run.final if key.startswith("metrics.")))
     columns = ["run", *(key.removesuffix("._target_") for key in differing)]
-    columns += ["best outer loss", "at step", "steps", "time"]
+    columns += [runs[0].standing.name, "where", "steps", "time"]
     columns += [f"final {key.removeprefix('metrics.').replace('_', ' ')}" for key in metrics] + ["ended"]
     rows = []
     for run, label in zip(runs, labels, strict=True):
-        best = run.best
-        cells = [number(best[1], 6), number(best[0])] if best else ["-", "-"]
+        cells = [run.standing.figure, run.standing.where]
         cells += [number(run.num_steps_taken), duration(run.wall_seconds)]
         cells += [number(run.final.get(key)) for key in metrics]
         cells.append(_short(run.summary.get("stopped_because") or "yes") if run.summary else "killed or running")
         settings = [_short(values[runs.index(run)]) for values in differing.values()]
         rows.append([_link(directory, run, label), *(escape(cell) for cell in (*settings, *cells))])
-    return table(columns, rows, own=0 if runs[0].best else None)
+    return table(columns, rows, own=0 if runs[0].standing.rank < math.inf else None)
 
 
 def differences(configs: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:

@@ -215,8 +215,9 @@ def _verdict(summary: Mapping[str, Any]) -> str:
     steps = final["step"] + 1 if isinstance(final.get("step"), int) else summary.get("num_steps")
     place = f" at step {best['step']}" if isinstance(best.get("step"), int) else ""
     reason = str(summary.get("stopped_because") or "").rstrip(". ")
+    which = "best" if summary.get("comparable", True) else "latest"
     return (
-        f"best outer loss {number(best.get('outer_loss'), 6)}{place}, after {number(steps)} steps in "
+        f"{which} outer loss {number(best.get('outer_loss'), 6)}{place}, after {number(steps)} steps in "
         f"{duration(summary.get('wall_seconds'))}{f'; stopped: {reason}' if reason else ''}"
     )
 

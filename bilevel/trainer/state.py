@@ -22,7 +22,7 @@ class Best:
     Attributes:
         step: its number; -1 before the first.
         outer_loss: its outer loss.
-        hparams: its hyperparameters, natural units.
+        hparams: its hyperparameters, natural units; those after its update where steps cannot be compared.
         params: its inner solution.
         metrics: the problem's own figures there.
     """

@@ -36,7 +36,8 @@ def summarise(
         "finished": finished,
         "num_steps": state.step,
         "num_hparams": sum(value.numel() for value in state.best.hparams.values()),
-        "best": best,
+        "best": best,  # the latest step where the outer losses of steps cannot be compared
+        "comparable": setup.problem.is_comparable,
         "final": state.record,
         "work": dict(state.work),
         "wall_seconds": state.wall_seconds,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -129,6 +129,8 @@ class Trainer:
             self._keep_best(setup, state, result, hparams, metrics)
             applied = {name: scale * part for name, part in result.gradient.items()}
             self._update(state, natural, applied, result.outer_loss)
+            if not setup.problem.is_comparable:  # what is kept is then what new tasks are scored with: after the update
+                state.best = replace(state.best, hparams=detach(setup.natural(state.raw)))
             state.params, state.method, state.num_nonfinite = result.params, result.state, 0
             state.gradient = result.gradient
         else:  # neither the hyperparameters nor the warm starts take anything from this step
