@@ -354,6 +354,15 @@ def test_growth_from_a_vanishing_gradient_is_no_divergence():
     assert solution.result is InnerResult.budget_spent
 
 
+def test_the_first_step_of_lbfgs_is_along_the_gradient_and_no_longer_than_asked_for():
+    steep = Objective(lambda x, h: 500 * (x**2).sum(-1))
+    start = torch.tensor([0.06, 0.08], dtype=torch.float64)  # 0.1 from the minimum: a step of length 1 is halved thrice
+    short, long = (run(LBFGS(max_steps=1, atol=0.0, first_length=length), steep, start, {}) for length in (0.05, 1.0))
+    torch.testing.assert_close(short.params, start / 2, rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(long.params, -start / 4, rtol=1e-12, atol=0.0)
+    assert (short.num_gradients, long.num_gradients) == (2, 5)
+
+
 @pytest.mark.parametrize("solver", [LBFGS(atol=1e-30), NewtonCG(atol=1e-30)], ids=name_of)
 def test_a_tolerance_below_rounding_ends_in_stagnation_not_in_an_endless_loop(solver):
     design, shift = normal(7, 3), normal(7, seed=1)
@@ -420,6 +429,7 @@ def test_solvers_that_compare_losses_refuse_a_bare_optimality(solver):
         (lambda: GradientDescent(momentum=1.0), r"GradientDescent needs momentum in \[0, 1\), but got 1\.0"),
         (lambda: ProximalGradient(learning_rate=-1.0), r"ProximalGradient needs learning_rate > 0, but got -1\.0"),
         (lambda: LBFGS(history=0), "LBFGS needs history >= 1, but got 0"),
+        (lambda: LBFGS(first_length=0.0), r"LBFGS needs first_length > 0, but got 0\.0"),
         (lambda: AndersonAcceleration(history=0), "AndersonAcceleration needs history >= 1, but got 0"),
     ],
 )

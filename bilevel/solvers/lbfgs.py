@@ -27,6 +27,8 @@ class LBFGS(InnerSolver):
         atol: stop when the gradient norm is at most this.
         rtol: stop as well when it is at most this times that of the starting point.
         history: number of curvature pairs.
+        first_length: largest length of the first step, which is along the gradient: nothing is known of the curvature yet.
+            One that is too long costs an evaluation for each halving.
 
     Reference: Liu and Nocedal (1989), "On the limited memory BFGS method for large scale optimization".
 
@@ -42,12 +44,15 @@ class LBFGS(InnerSolver):
     full_batch: ClassVar[bool] = True
 
     history: int = 10
+    first_length: float = 1.0
 
     def __post_init__(self) -> None:
         """Validate the numbers."""
         super().__post_init__()
         if self.history < 1:
             raise UsageError(f"LBFGS needs history >= 1, but got {self.history}.")
+        if not 0 < self.first_length < float("inf"):
+            raise UsageError(f"LBFGS needs first_length > 0, but got {self.first_length}.")
 
     def init(self, params: Tensor, loss: Objective, hparams: Hparams) -> State:
         """Value and gradient at the start; no pairs."""
@@ -66,7 +71,7 @@ class LBFGS(InnerSolver):
         """A product with the approximate inverse Hessian, and a line search."""
         with torch.no_grad():
             start = Point(params, state["value"], state["gradient"])
-            scale = 1.0 / row_norm(start.gradient).clamp(min=1.0)  # before there is a pair: a step of length 1 at most
+            scale = self.first_length / row_norm(start.gradient).clamp(min=self.first_length)  # before there is a pair
             pairs = Pairs(state["s"], state["y"], state["sy"], state["yy"], state["rooms"])
             like = IdentityOperator(params.shape[-1], params.shape[:-1], dtype=params.dtype, device=params.device)
             direction = -InverseBFGS(like, pairs, scale=scale).mv(start.gradient)
