@@ -72,15 +72,7 @@ def evaluations(record: dict[str, Any], unrolled: bool) -> int:
 
 def train(parts: Parts, seed: int, num_tasks: int) -> Run:
     """Train, and let test tasks adapt."""
-    found = fit(
-        parts.problem,
-        solver=parts.solver,
-        hypergradient=parts.hypergradient,
-        optimizer=parts.optimizer,
-        scheduler=parts.scheduler,
-        trainer=parts.trainer,
-        seed=seed,
-    )
+    found = fit(parts.problem, **parts.keywords, seed=seed)
     unrolled = isinstance(parts.hypergradient, Unrolled)
     spent = list(accumulate(evaluations(record, unrolled) for record in found.history))
     marks = range(1, MOST + 1)

@@ -155,14 +155,7 @@ def outer_run(task: tuple[Setting, int, tuple[str, ...]]) -> Row:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", ConvergenceWarning)
     parts = experiment_parts(EXPERIMENT, f"seed={seed}", *keys)
-    run = fit(
-        parts.problem,
-        solver=parts.solver,
-        hypergradient=setting.hypergradient(parts.hypergradient),
-        optimizer=parts.optimizer,
-        scheduler=parts.scheduler,
-        trainer=parts.trainer,
-    )
+    run = fit(parts.problem, **{**parts.keywords, "hypergradient": setting.hypergradient(parts.hypergradient)})
     return {
         "method": setting.method, "K": setting.num_steps, "alpha": setting.alpha, "seed": seed,
         "validation loss": run.summary["best"]["outer_loss"], "test loss": run.history[-1]["metrics.test_loss"],

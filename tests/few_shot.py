@@ -1,11 +1,18 @@
 """Few-shot problems that are quickly solved: quadratic tasks with a closed form, small images of noisy prototypes."""
 
+import functools
+
 import torch
 
 from bilevel import Positive, Problem
 from bilevel.data import ClassEpisodes
+from bilevel.hypergradient import Implicit
+from bilevel.linalg import ConjugateGradient
 from bilevel.models import Conv4, FeatureNetwork
 from bilevel.tree import flatten_names
+
+ADAM = functools.partial(torch.optim.Adam, lr=0.01)
+EXACT = Implicit(warm_start=False, linear_solver=ConjugateGradient(rtol=1e-12), error_estimate=None)
 
 
 def start_of(problem):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 
 import pytest
 import torch
-from few_shot import OneTask, Quadratics, Spelled, characters, conv, start_of
+from few_shot import ADAM, EXACT, OneTask, Quadratics, Spelled, characters, conv, start_of
 from torch.autograd import grad
 
 from bilevel import hypergradient_at
@@ -31,8 +30,6 @@ from bilevel.solvers import LBFGS, GradientDescent, NewtonCG
 from bilevel.trainer.setup import set_up
 
 pytestmark = pytest.mark.usefixtures("float64")
-ADAM = functools.partial(torch.optim.Adam, lr=0.01)
-EXACT = Implicit(warm_start=False, linear_solver=ConjugateGradient(rtol=1e-12), error_estimate=None)
 
 
 @pytest.mark.parametrize("per_tensor", [False, True])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from dataclasses import replace
 
 import pytest
 import torch
-from few_shot import OneTask, Quadratics, characters, conv, images, start_of
+from few_shot import ADAM, EXACT, OneTask, Quadratics, characters, conv, images, start_of
 
 from bilevel import hypergradient_at
 from bilevel.data import ClassEpisodes, Sinusoid
@@ -32,8 +31,6 @@ from bilevel.trainer import Callback, Trainer, fit, run
 from bilevel.trainer.setup import set_up
 
 pytestmark = pytest.mark.usefixtures("float64")
-ADAM = functools.partial(torch.optim.Adam, lr=0.01)
-EXACT = Implicit(warm_start=False, linear_solver=ConjugateGradient(rtol=1e-12), error_estimate=None)
 
 MISTAKES = [
     (lambda: FewShot(characters(way=2), conv(3)), r"tasks have 2 classes \(data.way\), but the network has 3 outputs"),

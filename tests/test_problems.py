@@ -85,13 +85,7 @@ def test_the_grids_solver_reaches_the_tolerance_that_it_is_given(penalty):
 def test_ten_steps_reach_the_grids_best_from_two_decades_away(factor, seed, grids):
     best = grids[seed]
     parts, _ = committed(f"problem.start={factor * best['penalty']}", f"problem.split_seed={seed}")
-    result = fit(
-        parts.problem,
-        solver=parts.solver,
-        hypergradient=parts.hypergradient,
-        optimizer=parts.optimizer,
-        trainer=parts.trainer,
-    )
+    result = fit(parts.problem, **parts.keywords)
     assert len(result.history) <= 10
     assert result.summary["best"]["outer_loss"] <= best["validation_loss"] * (1 + 1e-4)
     assert result.summary["work"]["inner_gradients"] > 0 and result.summary["work"]["products"] > 0

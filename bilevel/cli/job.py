@@ -52,6 +52,12 @@ class Parts:
     callbacks: tuple[Any, ...]
     trackers: tuple[Any, ...]
 
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """What `fit`, `run` and `plan` take beside the problem, by their names for it."""
+        names = ("solver", "hypergradient", "optimizer", "scheduler", "trainer")
+        return {name: getattr(self, name) for name in names}
+
 
 def run_job(config: DictConfig) -> float:
     """Runs one job of `train`.
@@ -111,11 +117,7 @@ def run_trainer(parts: Parts, config: Mapping[str, Any], directory: Path, *, res
 
     summary: Mapping[str, Any] = run(
         problem=parts.problem,
-        solver=parts.solver,
-        hypergradient=parts.hypergradient,
-        optimizer=parts.optimizer,
-        scheduler=parts.scheduler,
-        trainer=parts.trainer,
+        **parts.keywords,
         # Callbacks first: what they add to records and summary is for the trackers to keep and to show.
         callbacks=[*parts.callbacks, JsonlTracker(directory / "metrics.jsonl"), *parts.trackers],
         config=dict(config),

@@ -72,11 +72,7 @@ def _plan(config: dict[str, Any], options: dict[str, Any]) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         found = plan(
             parts.problem,
-            solver=parts.solver,
-            hypergradient=parts.hypergradient,
-            optimizer=parts.optimizer,
-            scheduler=parts.scheduler,
-            trainer=parts.trainer,
+            **parts.keywords,
             budget=budget,
             callbacks=[_Muted(tracker) for tracker in parts.trackers],
             directory=Path(scratch),
