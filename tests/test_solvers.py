@@ -83,7 +83,7 @@ def test_every_solver_reaches_the_known_minimum(solver, batch):
     assert solution.num_steps <= solution.num_gradients and not solution.params.requires_grad
 
 
-COUPLED = {"torch L-BFGS", "Newton-CG"}  # one step length, or one forcing term, for all systems: the path differs
+COUPLED = {"torch L-BFGS"}  # one step length for all systems: the path differs
 
 
 @pytest.mark.parametrize("name", SOLVERS)

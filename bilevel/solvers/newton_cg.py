@@ -1,4 +1,4 @@
-"""Newton's method with conjugate gradient for the step (truncated Newton)."""
+"""Newton's method with conjugate gradient for the step (truncated Newton), within a trust region."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bilevel.linalg import ConjugateGradient, HessianOperator
+from bilevel.linalg import HessianOperator
 from bilevel.solvers.line_search import Point, search
 from bilevel.solvers.objective import Hparams, Objective
 from bilevel.solvers.solver import InnerSolver, State, fresh_state, row_norm
+from bilevel.solvers.trust_region import next_radius, truncated_cg
 
 
 @dataclass(frozen=True)
 class NewtonCG(InnerSolver):
-    r"""Newton-CG: `H d = -∇f` solved to `min(1/2, √‖∇f‖)`, which makes it superlinear, then a line search.
+    r"""Newton-CG: `H d = -∇f` solved to `min(1/2, √‖∇f‖)`, which makes it superlinear, within a trust region.
 
-    Where CG meets negative curvature its last iterate is taken if the model is less steep there, else steepest descent.
+    Where CG meets negative curvature it follows it to the boundary of the region, of which every system of a batch has its
+    own; there is none until a model has failed. A step that does not lower the loss is halved by a line search.
     Each step costs one gradient with its graph, a few Hessian-vector products and the line search. Needs the full batch.
 
     Args:
@@ -27,7 +29,8 @@ class NewtonCG(InnerSolver):
         rtol: stop as well when it is at most this times that of the starting point.
         max_products: largest number of Hessian-vector products a step.
 
-    Reference: Dembo and Steihaug (1983), "Truncated-Newton algorithms for large-scale unconstrained optimization".
+    References: Dembo and Steihaug (1983), "Truncated-Newton algorithms for large-scale unconstrained optimization"; Steihaug
+    (1983), "The conjugate gradient method and trust regions in large scale optimization".
 
     Example:
         >>> from bilevel.solvers import run
@@ -42,8 +45,9 @@ class NewtonCG(InnerSolver):
     max_products: int = 200
 
     def init(self, params: Tensor, loss: Objective, hparams: Hparams) -> State:
-        """Nothing is known before the first step."""
-        return fresh_state(params)
+        """Nothing is known before the first step: no bound on it."""
+        state = fresh_state(params)
+        return {**state, "radius": torch.full_like(state["stationarity"], torch.inf)}
 
     def step(self, params: Tensor, state: State, loss: Objective, hparams: Hparams) -> tuple[Tensor, State]:
         """One Newton step; from a stationary point it does not move."""
@@ -68,21 +72,19 @@ class NewtonCG(InnerSolver):
                 "stationarity": size,
                 "num_gradients": state["num_gradients"] + 1,
             }
-            if bool((size <= self.atol).all()):
+            solved = self.done(counted)  # these stay where they are
+            if bool(solved.all()):
                 return params, counted
-            forcing = float(size.sqrt().clamp(max=0.5).min())
-            solver = ConjugateGradient(rtol=min(0.5, forcing), max_steps=self.max_products)
-            solution = solver.compute(solver.init(hessian), -start.gradient)
-            # Cut short by negative curvature, CG may stand where the model is steeper than at its start.
-            steepest = (solution.value == 0).all(-1) | (solution.residual_norm >= size)
-            direction = torch.where(steepest.unsqueeze(-1), -start.gradient, solution.value)
-            end, moved, trials = search(loss, start, direction, hparams)
+            tolerance = (size * size.sqrt().clamp(max=0.5)).masked_fill(solved, torch.inf)
+            model = truncated_cg(hessian, start.gradient, state["radius"], tolerance, self.max_products)
+            end, moved, trials = search(loss, start, model.direction, hparams)
             # Both gradients are rounded in their own way: near rounding level one that seems lower may be no progress.
             gained = moved & ((end.value < start.value) | (row_norm(end.gradient) < state["stationarity"]))
             return end.params, {
                 **counted,
                 "stationarity": row_norm(end.gradient),
                 "num_gradients": counted["num_gradients"] + trials,
-                "num_mv": state["num_mv"] + int(solution.num_mv.max()),
+                "num_mv": state["num_mv"] + model.num_mv,
+                "radius": next_radius(state["radius"], start, end, model),
                 "stuck": ~gained.any(),
             }
