@@ -71,7 +71,7 @@ def truncated_cg(
 
 
 def _room(hessian: LinearOperator, step: Tensor, direction: Tensor, radius: Tensor) -> Tensor:
-    """The positive `t` with `‖step + t direction‖ = radius`, in the form that does not cancel; CG makes `step'direction >= 0`."""
+    """The positive `t` with `‖step + t direction‖ = radius`, where `step'direction >= 0`, in the form that does not cancel."""
     square, mixed = hessian.inner(direction, direction), hessian.inner(step, direction)
     left = (radius.square() - hessian.inner(step, step)).clamp(min=0)
     return divide(left, mixed + (mixed.square() + square * left).sqrt()).where(radius.isfinite(), torch.inf)
