@@ -17,22 +17,28 @@ from bilevel.models import (
     conv4,
     convolution,
     convolve,
+    grouped,
     layers,
     normalise,
+    patches,
     resnet12,
 )
+from bilevel.models.geometry import Geometry
 from bilevel.models.layers import normalised_convolution
 from bilevel.models.network import activation_of
 from bilevel.tree import Layout
 
 GEOMETRIES = [(3, 1, 0), (3, 2, 1), (3, 1, 1), (1, 1, 0), (2, 3, 1)]  # kernel, stride, padding
-WAYS = {"one product": {}, "in parts": {"CACHE": 1}}
+WAYS = {
+    "one product": (convolution, "has_library", lambda like: False),
+    "in parts": (patches, "CACHE", 1),
+    "grouped": (convolution, "has_library", lambda like: True),
+}
 
 
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
-    for name, value in WAYS[request.param].items():
-        monkeypatch.setattr(convolution, name, value)
+    monkeypatch.setattr(*WAYS[request.param])
     return request.param
 
 
@@ -80,11 +86,11 @@ def test_tasks_of_many_images_are_taken_one_by_one_with_the_same_numbers(module,
 @pytest.mark.parametrize(
     ("inputs", "weight", "many"),
     [
-        (torch.zeros(2, 25, 28, 28, 1), torch.zeros(2, 4, 3, 3, 1), True),
+        (torch.zeros(2, 75, 28, 28, 1), torch.zeros(2, 4, 3, 3, 1), True),
         (torch.zeros(2, 5, 28, 28, 1), torch.zeros(2, 4, 3, 3, 1), False),  # few
-        (torch.zeros(2, 25, 28, 28, 1).double(), torch.zeros(2, 4, 3, 3, 1), False),  # torch has no fast kernels
-        (torch.zeros(2, 25, 28, 28, 1), torch.zeros(4, 3, 3, 1), False),  # one network for all
-        (torch.zeros(25, 28, 28, 1), torch.zeros(4, 3, 3, 1), False),  # one task
+        (torch.zeros(2, 75, 28, 28, 1).double(), torch.zeros(2, 4, 3, 3, 1), False),  # torch has no fast kernels
+        (torch.zeros(2, 75, 28, 28, 1), torch.zeros(4, 3, 3, 1), False),  # one network for all
+        (torch.zeros(75, 28, 28, 1), torch.zeros(4, 3, 3, 1), False),  # one task
     ],
 )
 def test_which_tasks_are_taken_one_by_one(inputs, weight, many):
@@ -244,13 +250,33 @@ def test_a_mistake_is_told_in_one_sentence(mistake, sentence):
 
 def test_patches_and_their_transpose_are_adjoint():
     for kernel, stride, padding in [*GEOMETRIES, (1, 3, 2), (5, 1, 3), (2, 3, 0)]:
-        geometry = convolution.Geometry(kernel, stride, padding, 7, 6)
+        geometry = Geometry(kernel, stride, padding, 7, 6)
         x = draw(2, 3, 7, 6, 2).detach()
-        patches = convolution.unfold(x, geometry)
-        other = torch.randn(patches.shape, dtype=torch.float64)
+        rows = patches.unfold(x, geometry)
+        other = torch.randn(rows.shape, dtype=torch.float64)
         back = torch.zeros_like(x)
-        convolution.fold(other, geometry, back)
-        torch.testing.assert_close((patches * other).sum(), (x * back).sum(), rtol=1e-12, atol=1e-12)
+        patches.fold(other, geometry, back)
+        torch.testing.assert_close((rows * other).sum(), (x * back).sum(), rtol=1e-12, atol=1e-12)
+
+
+def test_grouped_convolutions_leave_tasks_side_by_side_and_so_do_the_operations_between_them(monkeypatch):
+    monkeypatch.setattr(convolution, "has_library", lambda like: True)
+    x, w = draw(3, 2, 7, 6, 2), draw(3, 4, 3, 3, 2, seed=1)
+    gain, bias = draw(3, 4, seed=2), draw(3, 4, seed=3)
+    outputs = normalised_convolution({"a.weight": w, "a.gain": gain, "a.bias": bias}, "a", x, torch.relu, 2, 1)
+    (by_outputs,) = grad(outputs.square().sum(), outputs, retain_graph=True)
+    for value in (convolve(x, w, 2, 1), outputs, by_outputs):
+        assert grouped.side_by_side(value).data_ptr() == value.data_ptr()
+    copied = grouped.side_by_side(x)
+    assert copied.data_ptr() != x.data_ptr() and torch.equal(copied, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_which_library_convolves_tasks(dtype, monkeypatch):
+    like = torch.zeros(1, dtype=dtype)
+    assert convolution.has_library(like) is (dtype == torch.float32 and torch.backends.mkldnn.is_available())
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not convolution.has_library(like)
 
 
 def test_every_order_of_the_two_factors_of_a_product_is_right_in_float32():

@@ -7,46 +7,22 @@ A convolution is bilinear in images and weights, and so are the two halves of it
 The derivatives of each of the three are the other two, so that Hessian products cost what they have to (two of each) and
 no more; torch's own double backward of grouped convolutions loops over the groups.
 
-Images are `(T, N, H, W, C)`, weights `(T, O, k, k, C)`: channels last, where a patch is a few runs of memory. A convolution
-is a product of matrices with the patches, of as many tasks in one call as keep those in the processor's cache.
+Images are `(T, N, H, W, C)`, weights `(T, O, k, k, C)`: channels last. Two modules know how the three are computed, `patches`
+and `grouped`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn.functional import conv2d
 
-# Bytes of patches that are made and multiplied at a time on a CPU. Measured on Zen 4 with 1 MB of cache a core.
-CACHE = 5 * 2**19
-
-
-class Geometry(NamedTuple):
-    """Sizes of a convolution with a square kernel.
-
-    Attributes:
-        kernel: its side, pixels.
-        stride: pixels between its places.
-        padding: zeros around the image.
-        height: of the image.
-        width: of the image.
-    """
-
-    kernel: int
-    stride: int
-    padding: int
-    height: int
-    width: int
-
-    @property
-    def places(self) -> tuple[int, int]:
-        """Height and width of the output."""
-        rows, columns = (size + 2 * self.padding - self.kernel for size in (self.height, self.width))
-        return rows // self.stride + 1, columns // self.stride + 1
+from bilevel.models import grouped, patches
+from bilevel.models.geometry import Geometry
 
 
 def convolve(inputs: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
@@ -71,9 +47,21 @@ def convolve(inputs: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) 
         outputs = channels_last(conv2d(first, channels_first(weight), None, stride, padding))
         return outputs.reshape(*batch, -1, *outputs.shape[1:])
     geometry = Geometry(weight.shape[-2], stride, padding, *images[1:3])
-    flat = inputs.reshape(-1, *images), weight.reshape(-1, *weight.shape[-4:])
-    outputs = _Convolve.apply(*flat, geometry)
+    x, factors = inputs.reshape(-1, *images), weight.reshape(-1, *weight.shape[-4:])
+    if _kernels(x) is grouped:  # laid out once for all derivatives
+        x, factors = grouped.side_by_side(x), factors.contiguous()
+    outputs = _Convolve.apply(x, factors, geometry)
     return outputs.reshape(*batch, *outputs.shape[1:])
+
+
+def has_library(like: Tensor) -> bool:
+    """Whether convolutions of tensors like this one are oneDNN's, which knows groups; elsewhere those take long."""
+    return like.device.type == "cpu" and like.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+
+def _kernels(like: Tensor) -> ModuleType:
+    """What computes convolutions of tensors like this one."""
+    return grouped if has_library(like) else patches
 
 
 class _Convolve(Function):
@@ -81,12 +69,7 @@ class _Convolve(Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-        rows, columns = geometry.places
-        result = x.new_empty(*x.shape[:2], rows, columns, weight.shape[1])
-        flat, factors = result.flatten(1, 3), weight.flatten(2).mT  # (T, N H' W', O), (T, k k C, O)
-        for part in _parts(x, geometry, x.shape):
-            torch.bmm(unfold(x[part], geometry), factors[part], out=flat[part])
-        return result
+        return _kernels(x).convolve(x, weight, geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -109,11 +92,7 @@ class _Spread(Function):
 
     @staticmethod
     def forward(grad: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-        shape = (*grad.shape[:2], geometry.height, geometry.width, weight.shape[-1])
-        result, flat, factors = grad.new_zeros(shape), grad.flatten(1, 3), weight.flatten(2)
-        for part in _parts(grad, geometry, shape):
-            fold(torch.bmm(flat[part], factors[part]), geometry, result[part])
-        return result
+        return _kernels(grad).spread(grad, weight, geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -136,12 +115,7 @@ class _Correlate(Function):
 
     @staticmethod
     def forward(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
-        kernel, channels = geometry.kernel, x.shape[-1]
-        result = x.new_empty(len(grad), grad.shape[-1], kernel, kernel, channels)
-        rows, flat = grad.flatten(1, 3).mT, result.flatten(2)  # (T, O, N H' W'), (T, O, k k C)
-        for part in _parts(x, geometry, x.shape):
-            torch.bmm(rows[part], unfold(x[part], geometry), out=flat[part])
-        return result
+        return _kernels(x).correlate(grad, x, geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -157,50 +131,6 @@ class _Correlate(Function):
             _Spread.apply(grad, cotangent, ctx.geometry) if by_x else None,
             None,
         )
-
-
-def unfold(x: Tensor, geometry: Geometry) -> Tensor:
-    """All patches of images `(*batch, N, H, W, C)` as rows, `(*batch, N H' W', k k C)`."""
-    *batch, number, height, width, channels = x.shape
-    kernel, stride, padding = geometry[:3]
-    if padding:
-        padded = x.new_zeros(*batch, number, height + 2 * padding, width + 2 * padding, channels)
-        padded[..., padding : padding + height, padding : padding + width, :] = x
-        x = padded
-    *outer, by_row, by_column, by_channel = x.stride()
-    strides = (*outer, stride * by_row, stride * by_column, by_row, by_column, by_channel)
-    shape = (*batch, number, *geometry.places, kernel, kernel, channels)
-    return x.as_strided(shape, strides, x.storage_offset()).reshape(*batch, -1, kernel * kernel * channels)
-
-
-def fold(patches: Tensor, geometry: Geometry, images: Tensor) -> None:
-    """The transpose of `unfold`: each patch is added to images `(T, N, H, W, C)`, where it was taken from."""
-    patches = patches.view(*images.shape[:2], *geometry.places, geometry.kernel, geometry.kernel, -1)
-    for i in range(geometry.kernel):
-        from_rows, to_rows = _inside(i, geometry, geometry.places[0], geometry.height)
-        for j in range(geometry.kernel):
-            from_columns, to_columns = _inside(j, geometry, geometry.places[1], geometry.width)
-            images[:, :, to_rows, to_columns].add_(patches[:, :, from_rows, from_columns, i, j])
-
-
-def _inside(offset: int, geometry: Geometry, places: int, size: int) -> tuple[slice, slice]:
-    """The places of a kernel whose pixel of an offset is inside an image, along one axis, and those pixels."""
-    stride, before = geometry.stride, geometry.padding - offset
-    first = max(0, -(-before // stride))  # the first place with stride * place >= before
-    last = max(first, min(places, (size - 1 + before) // stride + 1))
-    return slice(first, last), slice(stride * first - before, stride * last - before, stride)
-
-
-def _patch_bytes(like: Tensor, geometry: Geometry, shape: tuple[int, ...]) -> int:
-    """Of one task with images of a shape."""
-    rows, columns = geometry.places
-    return shape[1] * rows * columns * geometry.kernel**2 * shape[-1] * like.element_size()
-
-
-def _parts(like: Tensor, geometry: Geometry, shape: tuple[int, ...]) -> Iterator[slice]:
-    """The tasks, as many at a time as keep their patches in cache on a CPU, else all."""
-    size = shape[0] if like.device.type != "cpu" else max(1, CACHE // _patch_bytes(like, geometry, shape))
-    return (slice(begin, begin + size) for begin in range(0, shape[0], size))
 
 
 def channels_first(images: Tensor) -> Tensor:

@@ -7,12 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bilevel.models.convolution import Geometry, channels_first, channels_last, convolve, unfold
+from bilevel.models.convolution import channels_first, channels_last, convolve, has_library
+from bilevel.models.geometry import Geometry
 from bilevel.models.network import Activation, Params
 from bilevel.models.normalisation import normalise
+from bilevel.models.patches import unfold
 
 EPS = 1e-5
-MANY = 15_000  # pixels of a task's images, from which on it is faster by itself on a CPU, by torch's own kernels
+MANY = 36_000  # pixels of a task's images, from which on it is faster by itself on a CPU
 FEW = 16  # numbers in a patch, up to which statistics of outputs are worked out from those of the patches
 
 
@@ -76,8 +78,7 @@ def are_many(inputs: Tensor, weight: Tensor) -> bool:
         inputs: images, `(T, N, H, W, C)` if there are tasks.
         weight: of a convolution.
     """
-    is_onednn = inputs.device.type == "cpu" and inputs.dtype == torch.float32
-    return is_onednn and inputs.ndim == weight.ndim == 5 and inputs[0, ..., 0].numel() >= MANY
+    return has_library(inputs) and inputs.ndim == weight.ndim == 5 and inputs[0, ..., 0].numel() >= MANY
 
 
 def each_task(function: Callable[[Params, Tensor], Tensor], params: Params, inputs: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import UsageError
+from bilevel.linalg.allocator import keep_freed_memory
 from bilevel.solvers.objective import Hparams, Objective
 from bilevel.solvers.solver import InnerSolver, State
 
@@ -112,6 +113,7 @@ def run(
             f"{type(solver).__name__} compares the losses of successive steps and needs the full batch, but this problem "
             "has inner minibatches: use GradientDescent or TorchOptimizer."
         )
+    keep_freed_memory()
     at = (lambda _: loss) if isinstance(loss, Objective) else loss
     limit = solver.max_steps if max_steps is None else max_steps
     state = solver.init(params, at(0), hparams) if state is None else state

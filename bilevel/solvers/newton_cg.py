@@ -51,20 +51,12 @@ class NewtonCG(InnerSolver):
 
     def step(self, params: Tensor, state: State, loss: Objective, hparams: Hparams) -> tuple[Tensor, State]:
         """One Newton step; from a stationary point it does not move."""
-        function = loss.loss
-        if function is None:
-            loss.value_and_gradient(params, hparams)  # raises: there is no loss
-        assert function is not None
+        with torch.enable_grad():
+            leaf = params.detach().requires_grad_()
+            value, gradient = loss.value_and_gradient(leaf, hparams)
+        hessian = HessianOperator.from_gradient(gradient, leaf)
         with torch.no_grad():
-            value = torch.zeros(())
-
-            def recorded(x: Tensor) -> Tensor:
-                nonlocal value
-                value = function(x, hparams)
-                return value
-
-            hessian = HessianOperator(recorded, params)
-            start = Point(params, value.detach(), hessian.gradient.detach())
+            start = Point(params, value.detach(), gradient.detach())
             size = row_norm(start.gradient)
             counted = {
                 "first_stationarity": size,  # unless the state has it already
