@@ -453,6 +453,10 @@ def test_mistakes_found_while_building_leave_nothing(capsys, tiny):
         (["problem.num_rows=null"], "problem.num_rows cannot be null: tiny_pkg.Problem takes int."),
         (["+problem.foo=1"], "problem: tiny_pkg.Problem takes no argument 'foo'; its arguments are"),
         (
+            ["+problem.foo=1", "+problem.bar=2"],
+            "What an experiment sets is left out with ~problem.foo ~problem.bar.",
+        ),
+        (
             ["problem._target_=tiny_pkg.Problm"],
             "names tiny_pkg.Problm, but tiny_pkg has no 'Problm'; did you mean 'Problem'?",
         ),

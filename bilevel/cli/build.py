@@ -115,9 +115,15 @@ def _check_call(target: Callable[..., Any], node: Mapping[str, Any], where: str)
     open_ended = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values())
     hints = _hints(target)
     given = {key: value for key, value in node.items() if key not in _SPECIAL}
+    unknown = [] if open_ended else [key for key in given if key not in taken]
+    if unknown:
+        # An experiment sets keys of the part that it chooses; another part may not have them.
+        without = " ".join(f"~{where}.{key}" for key in unknown)
+        raise UsageError(
+            f"{where}: {name} takes no argument '{unknown[0]}'{hint(unknown[0], taken, 'its arguments are')} "
+            f"What an experiment sets is left out with {without}."
+        )
     for key, value in given.items():
-        if key not in taken and not open_ended:
-            raise UsageError(f"{where}: {name} takes no argument '{key}'{hint(key, taken, 'its arguments are')}")
         if value is None and key in taken and taken[key].default is not None and not _takes_none(hints.get(key)):
             raise UsageError(f"{where}.{key} cannot be null: {name} takes {_spelled(hints[key])}.")
     if not node.get("_partial_") and not node.get("_args_"):
