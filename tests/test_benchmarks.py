@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-@pytest.fixture(scope="module", params=["operators", "hypergradient", "memory", "meta_gradient", "meta_memory", "meta_step"])
+@pytest.fixture(
+    scope="module", params=["operators", "hypergradient", "memory", "meta_gradient", "meta_memory", "meta_step"]
+)
 def quick(request, tmp_path_factory):
     """Name, output and JSON content of one benchmark, run as a user does; it leaves the committed results alone."""
     before = {path: path.read_bytes() for path in RESULTS.iterdir()}

@@ -454,7 +454,7 @@ def test_mistakes_found_while_building_leave_nothing(capsys, tiny):
         (["+problem.foo=1"], "problem: tiny_pkg.Problem takes no argument 'foo'; its arguments are"),
         (
             ["+problem.foo=1", "+problem.bar=2"],
-            "What an experiment sets is left out with ~problem.foo ~problem.bar.",
+            "where an experiment sets it, add ~problem.foo ~problem.bar.",
         ),
         (
             ["problem._target_=tiny_pkg.Problm"],

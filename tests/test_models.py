@@ -30,9 +30,9 @@ from bilevel.tree import Layout
 
 GEOMETRIES = [(3, 1, 0), (3, 2, 1), (3, 1, 1), (1, 1, 0), (2, 3, 1)]  # kernel, stride, padding
 WAYS = {
-    "one product": (convolution, "has_library", lambda like: False),
+    "one product": (convolution, "groups_are_fast", lambda like: False),
     "in parts": (patches, "CACHE", 1),
-    "grouped": (convolution, "has_library", lambda like: True),
+    "grouped": (convolution, "groups_are_fast", lambda like: True),
 }
 
 
@@ -236,6 +236,10 @@ MISTAKES = [
         r"examples, 1\), by model.num_inputs, but they have shape \(3, 5, 8, 8, 1\): images want",
     ),
     (lambda: MLP()(MLP().init(0), torch.rand(5, 2)), r"but they have shape \(5, 2\)"),
+    (
+        lambda: convolve(torch.zeros(3, 2, 7, 7, 1), torch.zeros(6, 4, 3, 3, 1)),
+        r"images of tasks \(3,\) were expected to come with weights of as many tasks, .* have shape \(6, 4, 3, 3, 1\)",
+    ),
     (lambda: MLP(hidden=(0,)), r"MLP needs widths of at least 1, but got \[1, 0, 1\]"),
     (lambda: activation_of("rely"), "activation was expected to be a function of torch.nn.functional .* but is 'rely'"),
     (lambda: ModuleNetwork(torch.nn.Linear), "ModuleNetwork was expected to get a torch.nn.Module, but got <class"),
@@ -259,10 +263,13 @@ def test_patches_and_their_transpose_are_adjoint():
         torch.testing.assert_close((rows * other).sum(), (x * back).sum(), rtol=1e-12, atol=1e-12)
 
 
-def test_grouped_convolutions_leave_tasks_side_by_side_and_so_do_the_operations_between_them(monkeypatch):
-    monkeypatch.setattr(convolution, "has_library", lambda like: True)
-    x, w = draw(3, 2, 7, 6, 2), draw(3, 4, 3, 3, 2, seed=1)
-    gain, bias = draw(3, 4, seed=2), draw(3, 4, seed=3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_grouped_convolutions_leave_tasks_side_by_side_and_so_do_the_operations_between_them(dtype, monkeypatch):
+    monkeypatch.setattr(convolution, "groups_are_fast", lambda like: True)
+    shapes = [(3, 2, 7, 6, 2), (3, 4, 3, 3, 2), (3, 4), (3, 4)]
+    x, w, gain, bias = (
+        draw(*shape, seed=seed).detach().to(dtype).requires_grad_() for seed, shape in enumerate(shapes)
+    )
     outputs = normalised_convolution({"a.weight": w, "a.gain": gain, "a.bias": bias}, "a", x, torch.relu, 2, 1)
     (by_outputs,) = grad(outputs.square().sum(), outputs, retain_graph=True)
     for value in (convolve(x, w, 2, 1), outputs, by_outputs):
@@ -272,22 +279,35 @@ def test_grouped_convolutions_leave_tasks_side_by_side_and_so_do_the_operations_
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_which_library_convolves_tasks(dtype, monkeypatch):
-    like = torch.zeros(1, dtype=dtype)
-    assert convolution.has_library(like) is (dtype == torch.float32 and torch.backends.mkldnn.is_available())
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert not convolution.has_library(like)
+def test_tasks_are_convolved_by_groups_only_where_onednn_does_it(dtype, monkeypatch):
+    calls = []
+    monkeypatch.setattr(grouped, "convolve", lambda *args, f=grouped.convolve: calls.append(1) or f(*args))
+    x, w = draw(3, 2, 7, 6, 2).detach().to(dtype), draw(3, 4, 3, 3, 2, seed=1).detach().to(dtype)
+    found = convolve(x, w, 2, 1)
+    assert bool(calls) is (dtype == torch.float32 and torch.backends.mkldnn.is_available())
+    calls.clear()
+    with torch.backends.mkldnn.flags(enabled=False):
+        torch.testing.assert_close(convolve(x, w, 2, 1), found, rtol=1e-4, atol=1e-5)
+    assert not calls
+    assert convolve(x[:0], w[:0], 2, 1).shape == (0, 2, 4, 3, 4)
 
 
-def test_every_order_of_the_two_factors_of_a_product_is_right_in_float32():
-    """What a float32 model computes agrees with float64, whichever kernel took it."""
-    for number in (5, 75):
-        network = Conv4(5)
-        single = network.init(0)
-        images = torch.rand(2, number, 28, 28, 1, generator=torch.Generator().manual_seed(1))
-        double = {name: value.double() for name, value in single.items()}
-        per_task = [
-            {name: torch.stack([value, 1.1 * value]) for name, value in one.items()} for one in (single, double)
-        ]
-        outputs = network(per_task[0], images), network(per_task[1], images.double())
-        torch.testing.assert_close(outputs[0].double(), outputs[1], rtol=1e-3, atol=1e-4)
+@pytest.mark.parametrize("num_tasks", [1, 3])
+@pytest.mark.parametrize("number", [5, 75])
+def test_values_gradients_and_products_in_float32_are_those_in_float64(num_tasks, number):
+    """Whichever implementation takes them; softplus has no kinks that rounding could put a unit on the other side of."""
+    network = Conv4(5, 16, activation="softplus")
+    start = network.init(0)
+    layout = Layout.of(start)
+    x = layout.ravel(start).double().expand(num_tasks, -1) + 0.02 * draw(num_tasks, layout.size).detach()
+    images, vector = torch.rand(num_tasks, number, 28, 28, 1, dtype=torch.float64), draw(num_tasks, layout.size, seed=2)
+    numbers = []
+    for dtype in (torch.float32, torch.float64):
+        at, seen = x.to(dtype), images.to(dtype)
+        operator = HessianOperator(
+            lambda flat, seen=seen: network(layout.unravel(flat), seen).square().sum((-2, -1)), at
+        )
+        values = network(layout.unravel(at), seen)
+        numbers.append([values, operator.gradient.detach(), operator.mv(vector.detach().to(dtype))])
+    for single, double in zip(*numbers, strict=True):
+        assert float((single.double() - double).norm() / double.norm()) < 1e-3

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bilevel.linalg import SYMMETRIC, MatrixOperator
-from bilevel.solvers import InnerResult, NewtonCG, Objective, run
+from bilevel.solvers import InnerResult, NewtonCG, Objective, newton_cg, run
 from bilevel.solvers.line_search import Point
 from bilevel.solvers.trust_region import ModelStep, next_radius, truncated_cg
 
@@ -88,6 +88,44 @@ def test_negative_curvature_is_followed_to_the_boundary_or_as_far_as_its_size_sa
         assert bool(model.bounded) and model.num_mv == 1
 
 
+STRAIGHT = {  # curvatures along the axes that say nothing of how far to go, from a gradient of (1, 1, 1, 1, 1)
+    "none": [0.0] * N,
+    "hardly any": [1e-320] * N,
+    "not finite": [float("nan")] * N,
+    "infinite": [float("inf")] * N,
+}
+
+
+@pytest.mark.parametrize("curvature", STRAIGHT.values(), ids=STRAIGHT)
+@pytest.mark.parametrize(("radius", "length"), [(torch.inf, 1.0), (2.0, 2.0 / N**0.5)])
+def test_without_a_curvature_the_step_is_the_gradients_or_goes_to_the_boundary(curvature, radius, length):
+    matrix = torch.stack([torch.eye(N), torch.diag(torch.tensor(curvature))])
+    gradient = torch.ones(2, N)
+    model = step_of(matrix, gradient, radius)
+    torch.testing.assert_close(model.direction[1], torch.full((N,), -length))
+    torch.testing.assert_close(model.direction[0], torch.full((N,), -min(1.0, length)))  # that of the system beside it
+    assert bool(model.bounded[1]) and bool((model.predicted > 0).all())
+
+
+def test_a_later_direction_of_no_curvature_is_left_out():
+    """The first step is to the minimum along the first axis; then nothing is known of the second."""
+    matrix, gradient = torch.diag(torch.tensor([1.0, 0.0])), torch.tensor([1.0, 0.0])
+    gradient[1] = 1e-3
+    model = step_of(matrix, gradient, torch.inf)
+    assert bool(model.direction.isfinite().all()) and float(model.predicted) > 0
+
+
+def test_the_predicted_decrease_is_right_in_float32_after_many_products():
+    values = torch.logspace(-3, 3, 200, dtype=torch.float64)
+    gradient = normal(200, seed=4)
+    matrix = torch.diag(values)
+    model = truncated_cg(
+        MatrixOperator(matrix.float(), SYMMETRIC), gradient.float(), *torch.tensor([torch.inf, 0.0]).float(), 190
+    )
+    expected = lowered(matrix, gradient, model.direction.double())
+    assert float(model.predicted) == pytest.approx(float(expected), rel=1e-3)
+
+
 def test_systems_of_a_batch_do_not_touch_each_other():
     names = list(SPECTRA)
     matrix, gradient = matrix_of(*names), normal(len(names), N, seed=1)
@@ -126,6 +164,30 @@ def test_a_decrease_below_rounding_says_nothing_of_the_region():
     start = Point(torch.zeros(2), torch.tensor(1.0), unit)
     model = ModelStep(1e-9 * unit, torch.tensor(1e-17), torch.tensor(True), 1)
     assert float(next_radius(torch.tensor(OLD), start, start, model)) == OLD
+
+
+def test_newton_cg_leaves_a_region_without_curvature_and_passes_a_point_of_infinite_curvature():
+    """Huber's loss far out is straight; the second derivative of |x|^1.5 at zero is infinite."""
+    huber = Objective(lambda x, h: torch.where(x.abs() > 1, x.abs() - 0.5, x.square() / 2).sum(-1))
+    kink = Objective(lambda x, h: x.abs().pow(1.5).sum(-1) + (x - 1).square().sum(-1))
+    with torch.no_grad():
+        for objective, start, where in ((huber, [30.0, -7.5], 0.0), (kink, [0.0, 0.0], None)):
+            solution = run(NewtonCG(atol=1e-9), objective, torch.tensor(start), {})
+            assert solution.result is InnerResult.converged, objective
+            if where is not None:
+                torch.testing.assert_close(solution.params, torch.full((2,), where), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize(("start", "again"), [(0.3, True), (1.0 + 1e-9, False)])
+def test_a_step_that_fails_is_tried_again_in_a_smaller_region_where_it_promised_anything(monkeypatch, start, again):
+    monkeypatch.setattr(newton_cg, "search", lambda loss, at, direction, h: (at, torch.tensor(False), 1))
+    objective = Objective(lambda x, h: 1.0 + (x - 1).square().sum(-1))
+    solver = NewtonCG(atol=0.0)
+    with torch.no_grad():
+        at = torch.tensor([start])
+        params, state = solver.step(at, solver.init(at, objective, {}), objective, {})
+    assert torch.equal(params, at) and bool(state["stuck"]) is not again
+    assert bool(state["radius"] < torch.inf) is again
 
 
 def small_network(seed):

@@ -121,7 +121,7 @@ def _check_call(target: Callable[..., Any], node: Mapping[str, Any], where: str)
         without = " ".join(f"~{where}.{key}" for key in unknown)
         raise UsageError(
             f"{where}: {name} takes no argument '{unknown[0]}'{hint(unknown[0], taken, 'its arguments are')} "
-            f"What an experiment sets is left out with {without}."
+            f"Leave it out, or, where an experiment sets it, add {without}."
         )
     for key, value in given.items():
         if value is None and key in taken and taken[key].default is not None and not _takes_none(hints.get(key)):

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.functional import conv2d
 
+from bilevel.errors import UsageError
 from bilevel.models import grouped, patches
 from bilevel.models.geometry import Geometry
 
@@ -37,6 +38,9 @@ def convolve(inputs: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) 
     Returns:
         `(*batch, N, H', W', O)`.
 
+    Raises:
+        UsageError: weights are of other tasks than images.
+
     Example:
         >>> convolve(torch.ones(2, 5, 28, 28, 1), torch.ones(2, 64, 3, 3, 1), stride=2, padding=1).shape
         torch.Size([2, 5, 14, 14, 64])
@@ -47,21 +51,27 @@ def convolve(inputs: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) 
         outputs = channels_last(conv2d(first, channels_first(weight), None, stride, padding))
         return outputs.reshape(*batch, -1, *outputs.shape[1:])
     geometry = Geometry(weight.shape[-2], stride, padding, *images[1:3])
+    if batch != weight.shape[:-4]:
+        raise UsageError(
+            f"images of tasks {tuple(batch)} were expected to come with weights of as many tasks, or with one weight "
+            f"(O, k, k, C) for all, but weights have shape {tuple(weight.shape)}."
+        )
     x, factors = inputs.reshape(-1, *images), weight.reshape(-1, *weight.shape[-4:])
-    if _kernels(x) is grouped:  # laid out once for all derivatives
+    if _implementation(x) is grouped:  # laid out once for all derivatives
         x, factors = grouped.side_by_side(x), factors.contiguous()
     outputs = _Convolve.apply(x, factors, geometry)
     return outputs.reshape(*batch, *outputs.shape[1:])
 
 
-def has_library(like: Tensor) -> bool:
-    """Whether convolutions of tensors like this one are oneDNN's, which knows groups; elsewhere those take long."""
-    return like.device.type == "cpu" and like.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+def groups_are_fast(like: Tensor) -> bool:
+    """Whether grouped convolutions of tensors like this one are oneDNN's; elsewhere they take long."""
+    onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return bool(onednn) and like.device.type == "cpu" and like.dtype == torch.float32
 
 
-def _kernels(like: Tensor) -> ModuleType:
-    """What computes convolutions of tensors like this one."""
-    return grouped if has_library(like) else patches
+def _implementation(like: Tensor) -> ModuleType:
+    """The module that computes convolutions of tasks like these, `(T, ...)`."""
+    return grouped if len(like) and groups_are_fast(like) else patches
 
 
 class _Convolve(Function):
@@ -69,7 +79,7 @@ class _Convolve(Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-        return _kernels(x).convolve(x, weight, geometry)
+        return _implementation(x).convolve(x, weight, geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -92,7 +102,7 @@ class _Spread(Function):
 
     @staticmethod
     def forward(grad: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-        return _kernels(grad).spread(grad, weight, geometry)
+        return _implementation(grad).spread(grad, weight, geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -115,7 +125,7 @@ class _Correlate(Function):
 
     @staticmethod
     def forward(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
-        return _kernels(x).correlate(grad, x, geometry)
+        return _implementation(x).correlate(grad, x, geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -2,7 +2,7 @@
 
 The channels of all tasks stand beside each other, `(N, H, W, T, C)` in memory, where each group's are a run. Tensors keep
 the shape `(T, N, H, W, C)`; results have strides of that layout, which elementwise operations and reductions keep, so that
-between layers nothing is copied.
+after the first layer nothing is copied.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def side_by_side(x: Tensor) -> Tensor:
 def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, groups: int, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One derivative alone: oneDNN takes a quarter more time for two of them in one call than in two."""
+    """The derivatives that are wanted, by images, weights and bias."""
     stride, padding = [geometry.stride] * 2, [geometry.padding] * 2
     result: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
         grad, x, weight, None, stride, padding, [1, 1], False, [0, 0], groups, wanted

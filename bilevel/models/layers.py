@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bilevel.models.convolution import channels_first, channels_last, convolve, has_library
+from bilevel.models.convolution import channels_first, channels_last, convolve, groups_are_fast
 from bilevel.models.geometry import Geometry
 from bilevel.models.network import Activation, Params
 from bilevel.models.normalisation import normalise
@@ -78,7 +78,7 @@ def are_many(inputs: Tensor, weight: Tensor) -> bool:
         inputs: images, `(T, N, H, W, C)` if there are tasks.
         weight: of a convolution.
     """
-    return has_library(inputs) and inputs.ndim == weight.ndim == 5 and inputs[0, ..., 0].numel() >= MANY
+    return groups_are_fast(inputs) and inputs.ndim == weight.ndim == 5 and inputs[0, ..., 0].numel() >= MANY
 
 
 def each_task(function: Callable[[Params, Tensor], Tensor], params: Params, inputs: Tensor) -> Tensor:

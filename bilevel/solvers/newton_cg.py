@@ -20,7 +20,7 @@ class NewtonCG(InnerSolver):
     r"""Newton-CG: `H d = -∇f` solved to `min(1/2, √‖∇f‖)`, which makes it superlinear, within a trust region.
 
     Where CG meets negative curvature it follows it to the boundary of the region, of which every system of a batch has its
-    own; there is none until a model has failed. A step that does not lower the loss is halved by a line search.
+    own, from the first failure or negative curvature on. A step that does not lower the loss is halved by a line search.
     Each step costs one gradient with its graph, a few Hessian-vector products and the line search. Needs the full batch.
 
     Args:
@@ -72,11 +72,12 @@ class NewtonCG(InnerSolver):
             end, moved, trials = search(loss, start, model.direction, hparams)
             # Both gradients are rounded in their own way: near rounding level one that seems lower may be no progress.
             gained = moved & ((end.value < start.value) | (row_norm(end.gradient) < state["stationarity"]))
+            radius = next_radius(state["radius"], start, end, model)
             return end.params, {
                 **counted,
                 "stationarity": row_norm(end.gradient),
                 "num_gradients": counted["num_gradients"] + trials,
                 "num_mv": state["num_mv"] + model.num_mv,
-                "radius": next_radius(state["radius"], start, end, model),
-                "stuck": ~gained.any(),
+                "radius": radius,
+                "stuck": ~(gained | (radius < state["radius"])).any(),  # a smaller region turns the step
             }

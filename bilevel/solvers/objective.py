@@ -68,8 +68,7 @@ class Objective:
         if self.anchored is not None:
             value, gradient = self._of_rest(params, hparams)
             return value + self.anchored.value(params, hparams), gradient + self.anchored.gradient(params, hparams)
-        loss = self.loss
-        return value_and_gradient(lambda x: loss(x, hparams), params)
+        return _value_and_gradient(self.loss, params, hparams)
 
     def gradient(self, params: Tensor, hparams: Hparams) -> Tensor:
         """The optimality, or the gradient of the loss."""
@@ -85,5 +84,17 @@ class Objective:
     def _of_rest(self, params: Tensor, hparams: Hparams) -> tuple[Tensor, Tensor]:
         """Value and gradient of the loss without the anchor."""
         assert self.anchored is not None
-        rest = self.anchored.rest
-        return value_and_gradient(lambda x: rest(x, hparams), params)
+        return _value_and_gradient(self.anchored.rest, params, hparams)
+
+
+def _value_and_gradient(
+    loss: Callable[[Tensor, Hparams], Tensor], params: Tensor, hparams: Hparams
+) -> tuple[Tensor, Tensor]:
+    """Those of a loss, which must have one value for each system: a sum over them would tie them together."""
+    value, gradient = value_and_gradient(lambda x: loss(x, hparams), params)
+    if value.shape != params.shape[:-1]:
+        raise UsageError(
+            f"the loss of params of shape {tuple(params.shape)} was expected to have shape {tuple(params.shape[:-1])}, a "
+            f"value for each system, but has {tuple(value.shape)}."
+        )
+    return value, gradient
