@@ -273,9 +273,7 @@ def test_grouped_convolutions_leave_tasks_side_by_side_and_so_do_the_operations_
     outputs = normalised_convolution({"a.weight": w, "a.gain": gain, "a.bias": bias}, "a", x, torch.relu, 2, 1)
     (by_outputs,) = grad(outputs.square().sum(), outputs, retain_graph=True)
     for value in (convolve(x, w, 2, 1), outputs, by_outputs):
-        assert grouped.side_by_side(value).data_ptr() == value.data_ptr()
-    copied = grouped.side_by_side(x)
-    assert copied.data_ptr() != x.data_ptr() and torch.equal(copied, x)
+        assert value.permute(1, 2, 3, 0, 4).is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

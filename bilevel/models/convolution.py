@@ -57,8 +57,6 @@ def convolve(inputs: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) 
             f"(O, k, k, C) for all, but weights have shape {tuple(weight.shape)}."
         )
     x, factors = inputs.reshape(-1, *images), weight.reshape(-1, *weight.shape[-4:])
-    if _implementation(x) is grouped:  # laid out once for all derivatives
-        x, factors = grouped.side_by_side(x), factors.contiguous()
     outputs = _Convolve.apply(x, factors, geometry)
     return outputs.reshape(*batch, *outputs.shape[1:])
 

@@ -2,7 +2,7 @@
 
 The channels of all tasks stand beside each other, `(N, H, W, T, C)` in memory, where each group's are a run. Tensors keep
 the shape `(T, N, H, W, C)`; results have strides of that layout, which elementwise operations and reductions keep, so that
-after the first layer nothing is copied.
+images are not copied between such convolutions.
 """
 
 from __future__ import annotations
@@ -34,11 +34,6 @@ def correlate(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
     like = grad.new_empty(number * grad.shape[-1], kernel, kernel, x.shape[-1]).permute(0, 3, 1, 2)
     _, by_weight, _ = _backward(_beside(grad), _beside(x), like, geometry, number, [False, True, False])
     return by_weight.permute(0, 2, 3, 1).unflatten(0, (number, -1))
-
-
-def side_by_side(x: Tensor) -> Tensor:
-    """Images `(T, N, H, W, C)` with strides of the layout, copied if they are not."""
-    return x.permute(1, 2, 3, 0, 4).contiguous().permute(3, 0, 1, 2, 4)
 
 
 def _backward(
