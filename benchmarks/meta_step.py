@@ -99,7 +99,7 @@ def operations(num_query: int, num_tasks: int, num_filters: int) -> float:
 
 def speed(device: str) -> float:
     """Operations a second of a large matrix product."""
-    matrix = torch.rand(4096, 4096, device=device)
+    matrix = torch.rand(4096, 4096, dtype=torch.float32, device=device)
     return 2 * 4096**3 / interleaved({"product": lambda: matrix @ matrix}, 3, device=device)["product"]
 
 
