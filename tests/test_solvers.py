@@ -410,6 +410,14 @@ def test_an_unknown_hyperparameter_is_refused_by_name():
         solve(GradientDescent(learning_rate="speed"), QUADRATIC, torch.ones(1), {"rate": torch.tensor(0.1)})
 
 
+@pytest.mark.parametrize("solver", [LBFGS(), NewtonCG(), GradientDescent()], ids=name_of)
+def test_a_loss_that_sums_over_systems_is_refused(solver):
+    with pytest.raises(
+        UsageError, match=r"of shape \(3, 2\) was expected to have shape \(3,\), a value .* but has \(\)"
+    ):
+        solve(solver, Objective(lambda x, h: x.square().sum()), torch.ones(3, 2))
+
+
 @pytest.mark.parametrize("solver", [LBFGS(), NewtonCG()], ids=name_of)
 def test_solvers_that_compare_losses_refuse_a_bare_optimality(solver):
     objective, _ = linear_fixed_point()

@@ -18,7 +18,7 @@ class ModelStep(NamedTuple):
     Attributes:
         direction: the step, `(*batch, n)`.
         predicted: by how much it lowers the model, `(*batch,)`.
-        bounded: whether it was ended by the region or by negative curvature, `(*batch,)`.
+        bounded: whether it was ended by the region, or by a curvature that is negative or unknown, `(*batch,)`.
         num_mv: products with `H`.
     """
 
