@@ -309,6 +309,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "misspelt group": (["solvr=tiny"], "did you mean 'solver'?"),
     "misspelt option": (["hypergradient=tiny_gc"], "did you mean 'tiny_cg'?"),
     "unknown option": (["hypergradient=zebra"], "its options are finite_difference, first_order, forward"),
+    "misspelt word for an experiment": (["experment=tiny"], "did you mean 'experiment'?"),
     "misspelt experiment": (["experiment=tinny"], "did you mean 'tiny'?"),
     "null option": (["outer_scheduler=null"], "not null"),
     "group of another place": (

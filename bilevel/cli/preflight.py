@@ -186,7 +186,7 @@ def _check_new_key(one: Given, tree: Any, chosen: Sequence[str], compose: Compos
     known = [key for key in names if one.is_hydra or key.partition(".")[0] != "hydra"]
     parent, _, last = one.key.rpartition(".")
     siblings = [key for key in known if parent and key.rpartition(".")[0] == parent]
-    others = [key for key in known if not one.key.startswith(f"{key}.")]
+    others = [key for key in dict.fromkeys([*known, *compose.groups()]) if not one.key.startswith(f"{key}.")]
     close = near(one.key, siblings, cutoff=0.8) or near(one.key, others, cutoff=0.75)
     if one.sign in ("+", "++"):
         meant = [key for key in close if near(last, [key.rpartition(".")[2]], cutoff=0.75)]
