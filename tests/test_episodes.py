@@ -263,10 +263,13 @@ class TestData:
             raise OSError("no network here")
 
         monkeypatch.setattr(root.urllib.request, "urlopen", offline)
-        with pytest.raises(
-            UsageError, match=r"images_background.zip is not in .* cannot be downloaded .*no network here"
-        ):
-            load_omniglot(tmp_path / "none")
+        (tmp_path / "file").touch()
+        for folder in ("none", "file"):
+            with pytest.raises(
+                UsageError, match=r"images_background.zip is not in .* cannot be downloaded .*no network here"
+            ):
+                load_omniglot(tmp_path / folder)
+        assert [one.name for one in tmp_path.iterdir()] == ["file"]  # no folder for a misspelt one
 
     def test_a_wrong_download_is_told_and_a_right_one_kept(self, monkeypatch, tmp_path):
         monkeypatch.setattr(root.urllib.request, "urlopen", lambda address, timeout: io.BytesIO(b"other"))

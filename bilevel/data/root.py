@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -40,9 +41,10 @@ def fetch(address: str, path: Path, md5: str) -> None:
         return
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # runs of a sweep may want it at the same time
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(address, timeout=PATIENCE) as sent, partial.open("wb") as handle:
-            shutil.copyfileobj(sent, handle)
+        with urllib.request.urlopen(address, timeout=PATIENCE) as sent:
+            path.parent.mkdir(parents=True, exist_ok=True)  # a folder that was misspelt is not made where nothing comes
+            with partial.open("wb") as handle:
+                shutil.copyfileobj(sent, handle)
         found = _md5(partial)
         if found != md5:
             raise UsageError(
@@ -56,7 +58,8 @@ def fetch(address: str, path: Path, md5: str) -> None:
             f"file there, or name the folder where it is with data.root=DIR or the variable {VARIABLE}."
         ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            partial.unlink()
 
 
 def _md5(path: Path) -> str:
