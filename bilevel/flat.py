@@ -49,12 +49,14 @@ class FlatProblem:
         layout: names and shapes of one task's parameters.
         purity: keeps the problem's functions fixed inside a solve.
         looped: whether tasks are evaluated one after the other: where a function of the problem cannot run under `vmap`.
+        beginning: where inner solves begin, instead of at the problem's `init_params`.
     """
 
     problem: Problem
     layout: Layout
     purity: Purity = field(repr=False, compare=False)
     looped: bool = False
+    beginning: Tensor | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def of(cls, problem: Problem, hparams: Mapping[str, Tensor]) -> FlatProblem:
@@ -74,8 +76,14 @@ class FlatProblem:
 
     def start(self, hparams: Mapping[str, Tensor]) -> Tensor:
         """The starting point, differentiable in the hyperparameters; the same for every task."""
+        if self.beginning is not None:
+            return self.beginning
         x = self.layout.ravel(_starting_params(self.problem, hparams))
         return x if self.problem.num_tasks is None else x.expand(self.problem.num_tasks, -1).clone()
+
+    def beginning_at(self, params: Tensor) -> FlatProblem:
+        """The same problem with its inner solves beginning at a given point, also where each step is an episode of its own."""
+        return replace(self, beginning=params.detach())
 
     def unravel(self, params: Tensor) -> TensorDict:
         """Named parameters, with a leading task dimension if there are tasks."""

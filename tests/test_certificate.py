@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from few_shot import characters, conv
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, softplus
 
 from bilevel import Box, Positive, Problem, Simplex, check, hypergradient_at
 from bilevel.cli.main import main
+from bilevel.data import Sinusoid
 from bilevel.diagnostics import Flaw, Verdict
 from bilevel.diagnostics.curvature import spectrum
 from bilevel.diagnostics.finding import Limits
@@ -22,6 +24,8 @@ from bilevel.errors import UsageError
 from bilevel.hypergradient import AdaptiveAccuracy, ForwardMode, Implicit, OneStep, Unrolled
 from bilevel.hypergradient.unconverged import Raise as StopUnconverged
 from bilevel.linalg import GMRES, MINRES, BiCGStab, ConjugateGradient, DenseCholesky, DenseLU, IdentitySolver
+from bilevel.meta import ProximalFewShot, Regression, RidgeFewShot
+from bilevel.models import MLP
 from bilevel.solvers import (
     LBFGS,
     AndersonAcceleration,
@@ -915,6 +919,25 @@ def test_methods_of_an_optimality_and_of_few_hyperparameters_are_shown():
     assert {"implicit_gmres", "implicit_bicgstab", "implicit_lsmr", "forward", "one_step"} <= set(methods)
     assert not {"implicit_cg", "sama", "finite_difference"} & set(methods)
     assert min(point.error for point in methods["implicit_gmres"]) < 1e-9
+
+
+EPISODES = {
+    "ridge": lambda: RidgeFewShot(characters(), conv(), num_tasks=3),
+    "proximal": lambda: ProximalFewShot(
+        Sinusoid(), MLP(hidden=(6,), activation="tanh"), Regression(), num_tasks=3, strength=3.0
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EPISODES)
+def test_methods_for_episodes_are_compared_at_the_solution_too(name):
+    problem = EPISODES[name]().to(dtype=torch.float64)
+    certificate = check(problem, solver=NewtonCG(atol=1e-11, max_steps=100), hypergradient=CG)
+    assert certificate.verdict is Verdict.sound
+    for name in ("implicit_auto", "implicit_cg", "implicit_minres", "implicit_update"):
+        assert min(point.error for point in certificate.methods[name]) < 1e-5, name
+    errors = [point.error for point in certificate.methods["unrolled"]]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.05
 
 
 def test_one_hypergradient_that_is_exactly_zero_is_told_as_in_a_run(recwarn):

@@ -15,6 +15,7 @@ import torch
 from bilevel import Positive, Problem, fit, plan
 from bilevel.batches import StepBatches
 from bilevel.cli.main import main
+from bilevel.data import Sinusoid
 from bilevel.diagnostics import Budget, Forecast, cost
 from bilevel.diagnostics.bench import Bench, Candidate, reach
 from bilevel.diagnostics.cost import Cost, Line, Recorded, Units, Work, forecast
@@ -34,6 +35,8 @@ from bilevel.hypergradient import (
     hypergradient_at,
 )
 from bilevel.linalg import GMRES, MINRES, AutoSolver, ConjugateGradient, NeumannSeries
+from bilevel.meta import ProximalFewShot, Regression
+from bilevel.models import MLP
 from bilevel.preconditioner import Nystrom
 from bilevel.solvers import LBFGS, AndersonAcceleration, GradientDescent, InnerResult, NewtonCG
 from bilevel.trainer import Trainer
@@ -349,6 +352,23 @@ def test_a_linear_trial_makes_the_products_of_the_hypergradient(solver):
     trial = linear_trial(solver)
     real = hypergradient_at(Ridge(), method=Implicit(linear_solver=solver)).receipt
     assert trial.products == trial.made == real.products and trial.bytes > 0
+
+
+def test_a_linear_trial_of_an_episode_is_made_at_the_point_that_is_given():
+    torch.manual_seed(0)
+    problem = ProximalFewShot(Sinusoid(), MLP(hidden=(6,)), Regression(), num_tasks=2, strength=3.0).to(
+        dtype=torch.float64
+    )
+    site, asked = site_of(problem), []
+
+    class Watched(LBFGS):
+        def init(self, params, loss, hparams):
+            asked.append(params)
+            return super().init(params, loss, hparams)
+
+    at = torch.randn_like(site.start)
+    try_linear(site, UNITS, Watched(), at, Implicit(linear_solver=ConjugateGradient(rtol=None, max_steps=2)))
+    assert asked and all(torch.equal(one, at) for one in asked)
 
 
 def test_a_linear_trial_that_is_cut_short_goes_on_at_its_rate():

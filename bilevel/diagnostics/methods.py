@@ -100,14 +100,15 @@ def best_point(points: Sequence[Point]) -> Point:
 def _points(subject: Subject, trials: Iterator[Trial]) -> Iterator[Point]:
     """Until a method refuses, fails, or has nothing more to gain."""
     start, exact = subject.refined.detach(), subject.exact
+    flat = subject.flat.beginning_at(start)
     for method, solver, recorded in trials:
         subject.deadline.check("comparing the methods")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that a budget leaves a residual is what the picture shows
                 method.check(solver)
-                state = start_method(method, subject.flat, solver, start, subject.hparams)
-                made = differentiate(method, subject.flat, solver, start, subject.hparams, subject.batches, state)
+                state = start_method(method, flat, solver, start, subject.hparams)
+                made = differentiate(method, flat, solver, start, subject.hparams, subject.batches, state)
         except (UsageError, NumericalError):
             return
         gradient = subject.layout.ravel(made.gradient)

@@ -193,13 +193,14 @@ def try_linear(
     """
     linear, content = method.linear_solver, replace(solver, max_steps=1, atol=math.inf, rtol=0.0)
     assert isinstance(linear, IterativeSolver | AutoSolver)
-    state = start_method(method, site.flat, content, params, site.hparams)
+    flat = site.flat.beginning_at(params)
+    state = start_method(method, flat, content, params, site.hparams)
     rtol = method.accuracy.linear_rtol(state) or linear.rtol
     limit = max(min(linear.max_steps, int(site.allowance / units.product)), 5)
 
     def hypergradient(max_steps: int) -> Hypergradient:
-        short = replace(method, linear_solver=replace(linear, max_steps=max_steps), warm_start=True)
-        return differentiate(short, site.flat, content, params, site.hparams, site.batches, state)
+        short = replace(method, linear_solver=replace(linear, max_steps=max_steps))
+        return differentiate(short, flat, content, params, site.hparams, site.batches, state)
 
     started = time.perf_counter()
     result = hypergradient(limit)
