@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import io
+import socket
 import threading
 import zipfile
 
@@ -257,6 +258,23 @@ class TestData:
         np.savez(tmp_path / omniglot.FILE, images=images)
         with pytest.raises(UsageError, match=r"damaged: the SHA-256 of its images is \w+... instead of 8784741eae4c"):
             load_omniglot(tmp_path)
+
+    def test_a_file_that_may_not_be_read_is_not_called_damaged(self, monkeypatch, tmp_path):
+        def forbidden(path, allow_pickle):
+            raise PermissionError(13, "Permission denied")
+
+        (tmp_path / omniglot.FILE).write_bytes(b"what is in it does not matter")
+        monkeypatch.setattr(omniglot.np, "load", forbidden)  # not by chmod: root may read everything
+        with pytest.raises(UsageError, match=r"npz cannot be read \(.*Permission denied\): give yourself the right"):
+            load_omniglot(tmp_path)
+
+    def test_a_server_that_says_nothing_is_given_up(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(root, "PATIENCE", 0.2)
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            monkeypatch.setattr(omniglot, "ADDRESS", f"http://127.0.0.1:{silent.getsockname()[1]}")
+            with pytest.raises(UsageError, match=r"cannot be downloaded from http.* \(timed out\): put the file there"):
+                load_omniglot(tmp_path / "none")
+        assert not list(tmp_path.iterdir())
 
     def test_a_missing_file_says_how_to_get_it(self, monkeypatch, tmp_path):
         def offline(address, timeout):
