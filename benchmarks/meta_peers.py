@@ -83,62 +83,83 @@ def solve_cg(product: Callable[[Tensor], Tensor], vector: Tensor, num_steps: int
     return x
 
 
-def loop(task: MetaTask, *, rebuild: bool) -> MetaStep:
-    """Implicit MAML task by task.
-
-    Args:
-        task: what to do.
-        rebuild: as the published code does, make the gradient's graph anew for every product and leave the proximal term to
-            autograd; else keep one graph and add the term by hand.
-    """
+def loop(task: MetaTask) -> MetaStep:
+    """Implicit MAML task by task, as well as plain torch goes: one gradient graph a task, the proximal term by hand."""
     meta, network = task.meta, task.network
 
     def loss(params: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         outputs: Tensor = functional_call(network, dict(params), (x,))
         return cross_entropy(outputs, y)
 
-    def inner_gradient(params: TensorDict, x: Tensor, y: Tensor) -> list[Tensor]:
-        values = list(params.values())
-        if rebuild:
-            term = sum(((value - meta[name]) ** 2).sum() for name, value in params.items()) * task.strength / 2
-            return list(grad(loss(params, x, y) + term, values))
-        slopes = grad(loss(params, x, y), values)
-        return [
-            slope + task.strength * (value - meta[name])
-            for (name, value), slope in zip(params.items(), slopes, strict=True)
-        ]
-
-    def flat(parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat([part.reshape(-1) for part in parts])
-
     def of_task(x: Tensor, y: Tensor, x_query: Tensor, y_query: Tensor) -> Tensor:
-        params = {name: value.clone() for name, value in meta.items()}
+        leaves = {name: value.clone().requires_grad_() for name, value in meta.items()}
         for _ in range(task.num_steps):
-            leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
-            slopes = inner_gradient(leaves, x, y)
-            params = {
-                name: value.detach() - task.learning_rate * slope
-                for (name, value), slope in zip(leaves.items(), slopes, strict=True)
-            }
-        leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
+            slopes = grad(loss(leaves, x, y), list(leaves.values()))
+            with torch.no_grad():
+                leaves = {
+                    name: value - task.learning_rate * (slope + task.strength * (value - meta[name]))
+                    for (name, value), slope in zip(leaves.items(), slopes, strict=True)
+                }
+            leaves = {name: value.requires_grad_() for name, value in leaves.items()}
         values = list(leaves.values())
-        vector = flat(grad(loss(leaves, x_query, y_query), values))
-
-        def graph() -> Tensor:
-            return flat(grad(loss(leaves, x, y), values, create_graph=True))
-
-        kept = None if rebuild else graph()
+        vector = _flat(grad(loss(leaves, x_query, y_query), values))
+        gradient = _flat(grad(loss(leaves, x, y), values, create_graph=True))
 
         def product(v: Tensor) -> Tensor:
-            gradient = graph() if kept is None else kept
-            return flat(grad(gradient, values, v, retain_graph=kept is not None)) / task.strength + v
+            return _flat(grad(gradient, values, v, retain_graph=True)) / task.strength + v
 
         return solve_cg(product, vector, task.num_products)
 
+    return _averaged(task, of_task)
+
+
+def published_loop(task: MetaTask) -> MetaStep:
+    """Implicit MAML task by task in the steps of the paper's published code.
+
+    Inner steps are `torch.optim.SGD`'s on the support loss alone; the proximal term, through autograd, takes one step of its
+    own after them. The graph of the gradient is made anew for every product.
+
+    Reference: Rajeswaran, Finn, Kakade and Levine (2019), "Meta-learning with implicit gradients", whose code is public.
+    """
+    meta, network = task.meta, copy.deepcopy(task.network)
+    values = list(network.parameters())
+    optimizer = torch.optim.SGD(values, lr=task.learning_rate)
+
+    def descend(loss: Tensor) -> None:
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    def of_task(x: Tensor, y: Tensor, x_query: Tensor, y_query: Tensor) -> Tensor:
+        with torch.no_grad():
+            for name, value in network.named_parameters():
+                value.copy_(meta[name])
+        for _ in range(task.num_steps):
+            descend(cross_entropy(network(x), y))
+        distances = [(value - meta[name]).square().sum() for name, value in network.named_parameters()]
+        descend(0.5 * task.strength * torch.stack(distances).sum())
+        vector = _flat(grad(cross_entropy(network(x_query), y_query), values))
+
+        def product(v: Tensor) -> Tensor:
+            gradient = _flat(grad(cross_entropy(network(x), y), values, create_graph=True))
+            return _flat(grad(gradient @ v, values)) / task.strength + v
+
+        return solve_cg(product, vector, task.num_products)
+
+    return _averaged(task, of_task)
+
+
+def _flat(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+def _averaged(task: MetaTask, of_task: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> MetaStep:
+    """The mean of the tasks' meta-gradients."""
+    meta, tasks = task.meta, task.tasks()
+
     def step() -> TensorDict:
-        total = sum(of_task(*one) for one in task.tasks())
-        assert isinstance(total, Tensor)
-        parts = (total / len(task.tasks())).split([value.numel() for value in meta.values()])
+        total = torch.stack([of_task(*one) for one in tasks]).mean(0)
+        parts = total.split([value.numel() for value in meta.values()])
         return {name: part.view_as(value) for (name, value), part in zip(meta.items(), parts, strict=True)}
 
     return step

@@ -16,6 +16,7 @@ from bilevel.hypergradient import Implicit, Unrolled
 from bilevel.hypergradient.negative_curvature import Truncate
 from bilevel.linalg import ConjugateGradient
 from bilevel.meta import (
+    Classification,
     FewShot,
     FewShotEvaluation,
     HeadFewShot,
@@ -56,7 +57,23 @@ MISTAKES = [
         lambda: ProximalFewShot(characters(), conv(), strengths={"head": 1.0}, learned="shared"),
         r"learned strength 'strength' were expected to start with the same, but have \[1.0, 2.0\]",
     ),
-    (lambda: RidgeFewShot(characters(), conv(), penalty=-1.0), "penalty and scale were expected to be above 0"),
+    (
+        lambda: ProximalFewShot(characters(), conv(), strengths={"head": 1.0, "head.bias": 2.0}),
+        r"'head.bias' in strengths decides about no tensor, since patterns before it .* put it first",
+    ),
+    (
+        lambda: ProximalFewShot(characters(), conv(), strengths=0.5),
+        r"strengths was expected to be a dictionary such as \{head: 0.5\}, but is 0.5",
+    ),
+    (
+        lambda: ProximalFewShot(characters(), conv(), learned="per_feature"),
+        "problem.learned was expected to be null, shared, .* but is 'per_feature'",
+    ),
+    (
+        lambda: RidgeFewShot(characters(), conv(), penalty=-1.0),
+        "RidgeFewShot needs penalty > 0, a number, but got -1.0",
+    ),
+    (lambda: RidgeFewShot(characters(), conv(), scale="x"), "RidgeFewShot needs scale > 0, a number, but got 'x'"),
     (
         lambda: HeadFewShot(characters(), ModuleNetwork(torch.nn.Linear(2, 3))).init_hparams(),
         "HeadFewShot needs a network of features and a head",
@@ -117,22 +134,24 @@ def test_evaluation_is_on_fixed_tasks_however_many_at_a_time():
     torch.testing.assert_close(found.scores[0], torch.stack(hand).detach(), rtol=1e-12, atol=1e-12)
 
 
+class Keep(Callback):
+    """Records as those behind it in the list of callbacks see them."""
+
+    def on_start(self, run):
+        self.records = []
+
+    def on_step(self, record, hparams):
+        self.records.append(dict(record))
+
+
 def test_the_callback_records_validation_and_leaves_tables_and_pictures(tmp_path):
     from safetensors.torch import load_file
 
     evaluation = FewShotEvaluation(num_tasks=6, every=2, num_validation_tasks=5, steps=(1, 5), num_pictures=2)
-    records = []
-
-    class Keep:
-        def on_start(self, start): ...
-        def on_step(self, record, hparams):
-            records.append(dict(record))
-
-        def on_end(self, summary): ...
-
-    trainer = Trainer(num_steps=4)
-    run(sinusoids(), SOLVER, Unrolled(), ADAM, trainer, tmp_path, callbacks=[evaluation, Keep()])
-    assert ["metrics.validation_mse" in record for record in records] == [False, True, False, True]
+    keep, trainer = Keep(), Trainer(num_steps=4)
+    run(sinusoids(), SOLVER, Unrolled(), ADAM, trainer, tmp_path, callbacks=[evaluation, keep])
+    assert ["metrics.validation_mse" in record for record in keep.records] == [False, True, False, True]
+    assert not any("metrics.validation_diverged" in record for record in keep.records)
     summary = json.loads((tmp_path / "summary.json").read_text())
     figures = summary["evaluation"]
     assert figures["inner_steps"] == [0, 1, 2, 5] and len(figures["each"]) == figures["num_tasks"] == 6
@@ -153,6 +172,23 @@ def test_a_task_that_diverges_takes_no_other_with_it():
     )
     assert 0 < together.num_diverged < 8 and together.num_diverged == alone.num_diverged
     torch.testing.assert_close(together.scores, alone.scores, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def test_tasks_that_diverge_are_counted_where_their_scores_are(tmp_path):
+    evaluation = FewShotEvaluation(num_tasks=8, every=1, num_validation_tasks=8, max_steps=60, num_pictures=0)
+    wild, trainer, keep = replace(SOLVER, learning_rate=0.2), Trainer(num_steps=1), Keep()
+    problem = FewShot(Sinusoid(), MLP(hidden=(8,)), Regression(), num_tasks=4).to(dtype=torch.float64)
+    run(problem, wild, Unrolled(), ADAM, trainer, tmp_path, callbacks=[evaluation, keep])
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    number = summary["evaluation"]["num_diverged"]
+    assert number and summary["baseline"]["rows"][-1] == ["tasks that diverged, scored where they stopped", str(number)]
+    assert keep.records[0]["metrics.validation_diverged"] > 0
+
+
+def test_outputs_that_are_no_numbers_are_wrong():
+    targets = torch.tensor([[0, 0, 1]])
+    outputs = torch.tensor([[[2.0, 1.0], [torch.nan, torch.nan], [0.0, torch.nan]]])
+    assert float(Classification().score(outputs, targets)) == pytest.approx(1 / 3)
 
 
 def test_evaluation_takes_what_the_outer_loop_takes():
@@ -193,6 +229,7 @@ def test_outputs_of_another_shape_than_their_targets_are_refused():
     ("arguments", "sentence"),
     [
         ({"num_pictures": -1}, "num_pictures >= 0, an integer, but got -1"),
+        ({"steps": 5}, "steps to be a list of integers, but got 5"),
         ({"steps": (1, 0.5)}, "steps >= 0, an integer, but got 0.5"),
         ({"seed": "x"}, "seed >= 0, an integer, but got 'x'"),
         ({"max_steps": 0}, "max_steps >= 1"),

@@ -240,6 +240,8 @@ MISTAKES = [
         lambda: convolve(torch.zeros(3, 2, 7, 7, 1), torch.zeros(6, 4, 3, 3, 1)),
         r"images of tasks \(3,\) were expected to come with weights of as many tasks, .* have shape \(6, 4, 3, 3, 1\)",
     ),
+    (lambda: MLP(hidden=40), "MLP needs hidden to be a list of widths, but got 40"),
+    (lambda: ResNet12(widths=64), "ResNet12 needs widths to be a list, but got 64"),
     (lambda: MLP(hidden=(0,)), r"MLP needs widths of at least 1, but got \[1, 0, 1\]"),
     (lambda: activation_of("rely"), "activation was expected to be a function of torch.nn.functional .* but is 'rely'"),
     (lambda: ModuleNetwork(torch.nn.Linear), "ModuleNetwork was expected to get a torch.nn.Module, but got <class"),

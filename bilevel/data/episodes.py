@@ -63,7 +63,8 @@ class ClassEpisodes(TaskSource):
         way: classes in a task.
         shot: support examples of a class.
         num_query: query examples of a class.
-        rotations: whether each training class is also three more, turned by 90, 180 and 270 degrees.
+        rotations: whether each training class is also three more, turned by 90, 180 and 270 degrees. A task may hold a class
+            in two of its turns.
         shift: pixels by which each training image is moved at most, in both directions; what comes in is zero.
 
     Raises:

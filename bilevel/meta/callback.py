@@ -22,8 +22,8 @@ PICTURES = "episodes.safetensors"
 class FewShotEvaluation(Callback):
     """Scores tasks that were not trained on, and keeps what the report shows of them.
 
-    Records get `metrics.validation_SCORE` and its 95 % interval; the summary gets `evaluation` (the score after each number of
-    inner steps) and a table beside the floor.
+    Records get `metrics.validation_SCORE` and its 95 % interval, and `metrics.validation_diverged` where inner solves diverged;
+    the summary gets `evaluation` (the score after each number of inner steps) and a table beside the floor.
 
     Args:
         num_tasks: test tasks at the end of the run; always the same ones for a `seed`.
@@ -48,6 +48,8 @@ class FewShotEvaluation(Callback):
         """Check the numbers."""
         least = {"num_tasks": 1, "num_validation_tasks": 1, "every": 1, "max_steps": 1, "num_pictures": 0, "seed": 0}
         given = vars()
+        if not isinstance(steps, Sequence):
+            raise UsageError(f"FewShotEvaluation needs steps to be a list of integers, but got {steps!r}.")
         for name, value in [*((name, given[name]) for name in least), *(("steps", step) for step in steps)]:
             if value is None and name in ("every", "max_steps"):
                 continue
@@ -81,6 +83,8 @@ class FewShotEvaluation(Callback):
         )
         record[f"metrics.validation_{self.score}"] = found.final.value
         record[f"metrics.validation_{self.score}_half_width"] = found.final.half_width
+        if found.num_diverged:
+            record["metrics.validation_diverged"] = found.num_diverged
 
     def on_end(self, summary: dict[str, Any]) -> None:
         """Score the test tasks with the last hyperparameters; not where a run was cut short, which will go on."""
@@ -118,6 +122,8 @@ class FewShotEvaluation(Callback):
             [f"after {steps} inner steps", str(Mean.of(scores))]
             for steps, scores in zip(found.steps, found.scores, strict=True)
         ]
+        if found.num_diverged:
+            rows.append(["tasks that diverged, scored where they stopped", str(found.num_diverged)])
         return {
             "name": f"{objective.score_name} of {self.num_tasks} test tasks, 95 % interval",
             "columns": ["learner", objective.score_name],

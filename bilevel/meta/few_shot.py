@@ -138,12 +138,12 @@ class ProximalFewShot(FewShot):
         strength: of the term; its starting value where it is learned.
         strengths: those of some tensors, by beginnings or patterns of their names, of which the first that fits counts:
             `{"head": 0.5}` lets the head move further than the rest.
-        learned: None holds the strength fixed; `shared`, `per_layer`, `per_tensor` or groups (see `Broadcast`) learn that
-            many, as positive hyperparameters.
+        learned: None holds the strength fixed; `shared`, `per_layer`, `per_tensor`, `per_weight` or groups (see `Broadcast`)
+            learn that many, as positive hyperparameters.
 
     Raises:
-        UsageError: a strength is not above 0, a pattern fits no tensor, or tensors that are to share a learned strength have
-            different ones.
+        UsageError: a strength is not above 0, a pattern decides about no tensor, or tensors that are to share a learned
+            strength have different ones.
 
     Reference: Rajeswaran, Finn, Kakade and Levine (2019), "Meta-learning with implicit gradients".
     """
@@ -163,7 +163,12 @@ class ProximalFewShot(FewShot):
     ) -> None:
         """Check the strength."""
         super().__init__(tasks, network, objective, num_tasks, tasks_at_once, seed, zero_head)
-        self.strengths = _of_tensors(strengths or {}, strength, self.start)
+        self.strengths = _of_tensors({} if strengths is None else strengths, strength, self.start)
+        if learned == "per_feature":
+            raise UsageError(
+                "problem.learned was expected to be null, shared, per_layer, per_tensor, per_weight or groups, but is "
+                "'per_feature', which layers with channels last have not: take one of these."
+            )
         self.broadcast = None if learned is None else Broadcast.of("strength", learned, self.start)
         if self.broadcast is not None:
             self.constraints = {"strength": Positive()}  # type: ignore[misc]  # a hyperparameter of some objects only
@@ -273,14 +278,23 @@ def _episode(tasks: TaskSource, num_tasks: int, seed: int, step: int) -> tuple[E
 
 def _of_tensors(patterns: Mapping[str, float], other: float, start: Tensors) -> dict[str, float]:
     """The strength of each tensor: of the first pattern that fits, or that of all others."""
+    if not isinstance(patterns, Mapping):
+        raise UsageError(
+            f"strengths was expected to be a dictionary such as {{head: 0.5}}, but is {patterns!r}: one strength for all "
+            "tensors is called strength."
+        )
     for value in (*patterns.values(), other):
         if not (isinstance(value, int | float) and value > 0):
             raise UsageError(f"the strength of the proximal term was expected to be above 0, but is {value!r}.")
+    first = {name: next((pattern for pattern in patterns if _fits(name, pattern)), None) for name in start}
     for pattern in patterns:
         if not any(_fits(name, pattern) for name in start):
             raise UsageError(f"'{pattern}' in strengths fits none of the tensors {', '.join(start)}.")
-    fitting = {name: [value for pattern, value in patterns.items() if _fits(name, pattern)] for name in start}
-    return {name: float(values[0] if values else other) for name, values in fitting.items()}
+        if pattern not in first.values():
+            raise UsageError(
+                f"'{pattern}' in strengths decides about no tensor, since patterns before it fit all of its own: put it first."
+            )
+    return {name: float(other if pattern is None else patterns[pattern]) for name, pattern in first.items()}
 
 
 def _fits(name: str, pattern: str) -> bool:

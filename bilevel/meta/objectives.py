@@ -63,8 +63,9 @@ class Classification(TaskObjective):
         return each.view(targets.shape).mean(-1)
 
     def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Share of examples whose largest output is that of their label."""
-        return (outputs.argmax(-1) == targets).to(outputs.dtype).mean(-1)
+        """Share of examples whose largest output is that of their label; outputs that are not numbers are wrong."""
+        right = (outputs.argmax(-1) == targets) & ~outputs.isnan().any(-1)  # argmax takes NaN for the largest
+        return right.to(outputs.dtype).mean(-1)
 
     def floor(self, episode: Episode) -> Tensor:
         """Accuracy of taking the label of the support input with the largest cosine."""

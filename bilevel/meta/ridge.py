@@ -2,6 +2,7 @@ r"""A ridge regression as the head of a network, solved for each task and differ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -55,8 +56,9 @@ class RidgeFewShot(FewShot):
         """Look at a task for the sizes."""
         need_features(self, network)
         super().__init__(tasks, network, objective, num_tasks, tasks_at_once, seed)
-        if not (penalty > 0 and scale > 0):
-            raise UsageError(f"penalty and scale were expected to be above 0, but are {penalty} and {scale}.")
+        for name, value in (("penalty", penalty), ("scale", scale)):
+            if not (isinstance(value, int | float) and 0 < value < math.inf):
+                raise UsageError(f"RidgeFewShot needs {name} > 0, a number, but got {value!r}.")
         self.penalty_start, self.scale_start = penalty, scale
         targets = tasks.draw("train", 1, seed, 0).support.targets
         self.num_support, self.num_outputs = targets.shape[1], len(self.start["head.bias"])

@@ -1,4 +1,4 @@
-"""The network of four convolutions that few-shot papers use for Omniglot."""
+"""A network of four convolutions, of the kind that few-shot papers use for Omniglot."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from bilevel.tree import TensorDict
 class Conv4(FeatureNetwork):
     """Four times: 3x3 convolution with stride 2, normalisation by the batch, ReLU; then a linear layer.
 
-    28 x 28 images become 2 x 2 x `num_filters` features. As in the papers each task is normalised by the statistics of the
+    28 x 28 images become 2 x 2 x `num_filters` features, which the head sees all, as in the code of implicit MAML; MAML's and
+    matching networks' are averaged or pooled to `num_filters`. As in these each task is normalised by the statistics of the
     images that are given together, its support or its query set.
 
     Args:
@@ -26,7 +27,8 @@ class Conv4(FeatureNetwork):
             smooth.
 
     References: Vinyals et al. (2016), "Matching networks for one shot learning"; Finn, Abbeel and Levine (2017),
-    "Model-agnostic meta-learning for fast adaptation of deep networks".
+    "Model-agnostic meta-learning for fast adaptation of deep networks"; Rajeswaran, Finn, Kakade and Levine (2019),
+    "Meta-learning with implicit gradients".
 
     Example:
         >>> import torch

@@ -36,6 +36,8 @@ class MLP(FeatureNetwork):
         activation: str | Activation = "relu",
     ) -> None:
         """Check the sizes."""
+        if not isinstance(hidden, Sequence):
+            raise UsageError(f"MLP needs hidden to be a list of widths, but got {hidden!r}.")
         self.widths = (num_inputs, *hidden)
         if not all(isinstance(width, int) and width >= 1 for width in (*self.widths, num_outputs)):
             raise UsageError(f"MLP needs widths of at least 1, but got {[*self.widths, num_outputs]}.")

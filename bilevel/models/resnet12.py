@@ -37,6 +37,8 @@ class ResNet12(FeatureNetwork):
         self, num_outputs: int = 5, widths: Sequence[int] = (64, 160, 320, 640), num_channels: int = 1
     ) -> None:
         """Check the sizes."""
+        if not isinstance(widths, Sequence):
+            raise UsageError(f"ResNet12 needs widths to be a list, but got {widths!r}.")
         if not widths or not all(isinstance(width, int) and width >= 1 for width in widths):
             raise UsageError(f"ResNet12 needs widths of at least 1, but got {list(widths)}.")
         for name, value in (("num_outputs", num_outputs), ("num_channels", num_channels)):
