@@ -127,7 +127,7 @@ def published_loop(task: MetaTask) -> MetaStep:
 
     def descend(loss: Tensor) -> None:
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
 
     def of_task(x: Tensor, y: Tensor, x_query: Tensor, y_query: Tensor) -> Tensor:
