@@ -237,6 +237,17 @@ def test_a_few_shot_run_is_judged_by_its_test_tasks(tmp_path: Path) -> None:
     assert errors.index("2 0.3000") < errors.index("1 0.4000")
 
 
+def test_a_running_few_shot_run_has_a_latest_step_and_no_best_one(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "1", ended=False)
+    assert load_run(run).best == (3, 0.25) and load_run(run).standing.name == "best outer loss"
+    records = [
+        {**make_record(step, 4), "outer_loss": loss, "comparable": False} for step, loss in enumerate((0.1, 0.3))
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    found = load_run(run)
+    assert found.best == (1, 0.3) and found.standing.name == "latest outer loss"
+
+
 def test_a_sweep_without_a_finite_loss_has_a_page(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()

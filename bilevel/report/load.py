@@ -78,17 +78,19 @@ class Run:
 
     @property
     def best(self) -> tuple[int, float] | None:
-        """Step and outer loss of the best step: the summary's, else the smallest finite one recorded."""
+        """Step and outer loss of the best step: the summary's, else the smallest finite one recorded, or the latest one."""
         best = self.summary.get("best") or {}
         if is_finite(best.get("outer_loss")) and isinstance(best.get("step"), int):
             return best["step"], float(best["outer_loss"])
         losses = [(float(r["outer_loss"]), int(r["step"])) for r in self.records if is_finite(r.get("outer_loss"))]
-        return min(losses)[::-1] if losses else None
+        if not losses:
+            return None
+        return (min(losses) if self.is_comparable else losses[-1])[::-1]
 
     @property
     def is_comparable(self) -> bool:
         """Whether outer losses of different steps are those of one problem, so that one step is the best."""
-        return bool(self.summary.get("comparable", True))
+        return bool(self.summary.get("comparable", self.final.get("comparable", True)))
 
     @property
     def standing(self) -> Standing:

@@ -121,6 +121,7 @@ class Trainer:
             "learning_rate": state.outer.learning_rate,
             "skipped": not finite,
             "shrunk": scale < 1.0,
+            "comparable": setup.problem.is_comparable,
             **result.receipt.record(),
             **{f"metrics.{name}": value for name, value in metrics.items()},
             **describe_hparams(hparams),
