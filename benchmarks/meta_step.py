@@ -9,8 +9,7 @@ a few inner steps make a percent of the gradient.
 (TorchOpt's conjugate gradient goes on through negative curvature, where the others' ends: it differs where a task has any.)
 Each runs in fresh processes of its own, in turns, as its users run it: this library has the allocator keep freed memory, which
 helps whatever else is in the process. A loop with that help is a row, but not what the claim compares with: its users have not
-got it. The arithmetic alone is worked out from the
-network's sizes and the speed of a large matrix product, measured beside it.
+got it. The arithmetic alone is worked out from the network's sizes and the speed of a large matrix product, measured beside it.
 """
 
 from __future__ import annotations
