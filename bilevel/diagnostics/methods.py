@@ -164,13 +164,13 @@ def _recorded(method: HypergradientMethod, directions: int, subject: Subject) ->
 
 
 def _unrolled(subject: Subject) -> Iterator[Trial]:
-    return _recorded(Unrolled(warm_start=True, checkpoint_every=8), 1, subject)
+    return _recorded(Unrolled(checkpoint_every=8), 1, subject)
 
 
 def _forward(subject: Subject) -> Iterator[Trial]:
     directions = subject.layout.size
     if directions * MAX_RECORDED <= MAX_PRODUCTS:
-        yield from _recorded(ForwardMode(warm_start=True), directions, subject)
+        yield from _recorded(ForwardMode(), directions, subject)
 
 
 def _once(method: HypergradientMethod, records: bool, subject: Subject) -> Iterator[Trial]:

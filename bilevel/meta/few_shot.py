@@ -19,18 +19,18 @@ differentiated the hypergradient method's:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bilevel.broadcast import Broadcast, Groups
+from bilevel.broadcast import Groups
 from bilevel.constraints import Positive
 from bilevel.data import Episode, Examples, Prefetched, TaskSource
 from bilevel.errors import UsageError
 from bilevel.meta.objectives import Classification, TaskObjective
+from bilevel.meta.strengths import learned_strengths, strengths_of
 from bilevel.models import FeatureNetwork, Network
 from bilevel.problem import Problem
 from bilevel.tree import TensorDict
@@ -163,16 +163,10 @@ class ProximalFewShot(FewShot):
     ) -> None:
         """Check the strength."""
         super().__init__(tasks, network, objective, num_tasks, tasks_at_once, seed, zero_head)
-        self.strengths = _of_tensors({} if strengths is None else strengths, strength, self.start)
-        if learned == "per_feature":
-            raise UsageError(
-                "problem.learned was expected to be null, shared, per_layer, per_tensor, per_weight or groups, but is "
-                "'per_feature', which layers with channels last have not: take one of these."
-            )
-        self.broadcast = None if learned is None else Broadcast.of("strength", learned, self.start)
+        self.strengths = strengths_of({} if strengths is None else strengths, strength, self.start)
+        self.broadcast = None if learned is None else learned_strengths(learned, self.strengths, self.start)
         if self.broadcast is not None:
             self.constraints = {"strength": Positive()}  # type: ignore[misc]  # a hyperparameter of some objects only
-            _check_shared(self.broadcast, self.strengths)
 
     def init_hparams(self) -> dict[str, Any]:
         """The starting point, and the strengths that are learned."""
@@ -274,39 +268,3 @@ def _episode(tasks: TaskSource, num_tasks: int, seed: int, step: int) -> tuple[E
     """The tasks of an outer step as inner and outer batch."""
     episode = tasks.draw("train", num_tasks, seed, step)
     return episode.support, episode
-
-
-def _of_tensors(patterns: Mapping[str, float], other: float, start: Tensors) -> dict[str, float]:
-    """The strength of each tensor: of the first pattern that fits, or that of all others."""
-    if not isinstance(patterns, Mapping):
-        raise UsageError(
-            f"strengths was expected to be a dictionary such as {{head: 0.5}}, but is {patterns!r}: one strength for all "
-            "tensors is called strength."
-        )
-    for value in (*patterns.values(), other):
-        if not (isinstance(value, int | float) and value > 0):
-            raise UsageError(f"the strength of the proximal term was expected to be above 0, but is {value!r}.")
-    first = {name: next((pattern for pattern in patterns if _fits(name, pattern)), None) for name in start}
-    for pattern in patterns:
-        if not any(_fits(name, pattern) for name in start):
-            raise UsageError(f"'{pattern}' in strengths fits none of the tensors {', '.join(start)}.")
-        if pattern not in first.values():
-            raise UsageError(
-                f"'{pattern}' in strengths decides about no tensor, since patterns before it fit all of its own: put it first."
-            )
-    return {name: float(other if pattern is None else patterns[pattern]) for name, pattern in first.items()}
-
-
-def _fits(name: str, pattern: str) -> bool:
-    return name.startswith(pattern) or fnmatchcase(name, pattern)
-
-
-def _check_shared(broadcast: Broadcast, strengths: Mapping[str, float]) -> None:
-    """Refuse one learned strength for tensors that are to start with several."""
-    for owner in broadcast.shapes:
-        values = sorted({strengths[name] for name, other in broadcast.owners.items() if other == owner})
-        if len(values) > 1:
-            raise UsageError(
-                f"the tensors of the learned strength '{owner}' were expected to start with the same, but have {values}: learn "
-                "more of them (per_layer, per_tensor), or give these tensors one number."
-            )
