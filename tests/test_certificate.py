@@ -1,10 +1,8 @@
 """The certificate: every planted fault is caught under its own name, and no sound problem is accused."""
 
-import json
 import math
 import re
 from collections import OrderedDict
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +11,6 @@ from few_shot import characters, conv
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, softplus
 
 from bilevel import Box, Positive, Problem, Simplex, check, hypergradient_at
-from bilevel.cli.main import main
 from bilevel.data import Sinusoid
 from bilevel.diagnostics import Flaw, Verdict
 from bilevel.diagnostics.curvature import spectrum
@@ -948,60 +945,3 @@ def test_one_hypergradient_that_is_exactly_zero_is_told_as_in_a_run(recwarn):
     ):
         found = hypergradient_at(Ineffective(), method=CG)
     assert not found.gradient["penalty"].any()
-
-
-def run(tmp_path, capsys, *words):
-    status = main(["check", f"output_dir={tmp_path}", *words])
-    out = capsys.readouterr().out
-    path = out.strip().splitlines()[-1].removeprefix("certificate: ")
-    return status, out, json.loads(open(path).read()), path
-
-
-# The theorem speaks of solutions, and few-shot experiments make a fixed number of inner steps, which promise none; the one that
-# solves, r2d2_omniglot, has a network of ReLUs outside: kinks along its weights leave finite differences wrong by 1e-3.
-EXPERIMENTS = sorted(
-    file.stem
-    for file in (Path(__file__).parent.parent / "conf" / "experiment").glob("*.yaml")
-    if "few_shot" not in file.read_text()
-)
-
-
-def test_the_experiments_that_promise_solutions_are_known():
-    assert EXPERIMENTS == ["digits", "digits_mlp", "digits_per_weight"]
-
-
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_shipped_experiment_is_sound(name, tmp_path, capsys):
-    status, out, content, path = run(tmp_path, capsys, f"experiment={name}")
-    assert status == 0 and content["verdict"] == "sound" and "sound: every check passed" in out
-    assert all(row["passed"] for row in content["checks"]) and set(content["methods"]) >= {
-        "implicit_auto",
-        "implicit_cg",
-        "unrolled",
-    }
-    picture = path.replace(".json", ".png")
-    assert open(picture, "rb").read(8) == b"\x89PNG\r\n\x1a\n"
-
-
-def test_the_command_fails_on_a_finding_and_passes_it_when_declared(tmp_path, capsys):
-    short = ["experiment=digits", "solver.max_steps=1"]
-    status, out, content, _ = run(tmp_path, capsys, *short)
-    assert status == 1 and content["verdict"] == "fault" and content["undeclared"] == ["unconverged_inner_solve"]
-    assert "what to do: allow more inner steps" in out
-    declared = ["+check.declared.unconverged_inner_solve='one step, to see what happens'"]
-    status, out, content, _ = run(tmp_path, capsys, *short, *declared)
-    assert status == 0 and content["verdict"] == "approximate" and "declared: one step, to see what happens" in out
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["-m", "experiment=digits"], "check looks at one configuration"),
-        (["resume=outputs"], "resume"),
-        (["experiment=digit"], "did you mean 'digits'"),
-        (["experiment=digits", "+check.declared.kinks=yes"], "did you mean 'kink'"),
-    ],
-)
-def test_mistakes_of_the_command_line_are_one_sentence(words, said, capsys, tmp_path):
-    assert main(["check", f"output_dir={tmp_path}", *words]) == 2
-    assert said in capsys.readouterr().err and not list(tmp_path.iterdir())

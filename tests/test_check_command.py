@@ -1,0 +1,65 @@
+"""`python -m bilevel check`: shipped experiments, exit status, certificate and picture, mistakes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bilevel.cli.main import main
+
+
+def run(tmp_path, capsys, *words):
+    status = main(["check", f"output_dir={tmp_path}", *words])
+    out = capsys.readouterr().out
+    path = out.strip().splitlines()[-1].removeprefix("certificate: ")
+    return status, out, json.loads(open(path).read()), path
+
+
+# The theorem speaks of solutions, and few-shot experiments make a fixed number of inner steps, which promise none; the one that
+# solves, r2d2_omniglot, has a network of ReLUs outside: kinks along its weights leave finite differences wrong by 1e-3.
+EXPERIMENTS = sorted(
+    file.stem
+    for file in (Path(__file__).parent.parent / "conf" / "experiment").glob("*.yaml")
+    if "few_shot" not in file.read_text()
+)
+
+
+def test_the_experiments_that_promise_solutions_are_known():
+    assert EXPERIMENTS == ["digits", "digits_mlp", "digits_per_weight"]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_shipped_experiment_is_sound(name, tmp_path, capsys):
+    status, out, content, path = run(tmp_path, capsys, f"experiment={name}")
+    assert status == 0 and content["verdict"] == "sound" and "sound: every check passed" in out
+    assert all(row["passed"] for row in content["checks"]) and set(content["methods"]) >= {
+        "implicit_auto",
+        "implicit_cg",
+        "unrolled",
+    }
+    picture = path.replace(".json", ".png")
+    assert open(picture, "rb").read(8) == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_command_fails_on_a_finding_and_passes_it_when_declared(tmp_path, capsys):
+    short = ["experiment=digits", "solver.max_steps=1"]
+    status, out, content, _ = run(tmp_path, capsys, *short)
+    assert status == 1 and content["verdict"] == "fault" and content["undeclared"] == ["unconverged_inner_solve"]
+    assert "what to do: allow more inner steps" in out
+    declared = ["+check.declared.unconverged_inner_solve='one step, to see what happens'"]
+    status, out, content, _ = run(tmp_path, capsys, *short, *declared)
+    assert status == 0 and content["verdict"] == "approximate" and "declared: one step, to see what happens" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["-m", "experiment=digits"], "check looks at one configuration"),
+        (["resume=outputs"], "resume"),
+        (["experiment=digit"], "did you mean 'digits'"),
+        (["experiment=digits", "+check.declared.kinks=yes"], "did you mean 'kink'"),
+    ],
+)
+def test_mistakes_of_the_command_line_are_one_sentence(words, said, capsys, tmp_path):
+    assert main(["check", f"output_dir={tmp_path}", *words]) == 2
+    assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
