@@ -25,9 +25,10 @@ from bilevel.linalg import (
     as_matrix,
     linear_solve,
 )
-from bilevel.linalg.compiled import MAX_CHANGES, MAX_PROGRAMS, CompiledDerivatives
+from bilevel.linalg.compiled import CompiledDerivatives
 from bilevel.linalg.differentiate import differentiate
 from bilevel.linalg.fused import Fused, fused
+from bilevel.linalg.programs import MAX_CHANGES, MAX_PROGRAMS
 from bilevel.linalg.recycling import WatchedOperator
 from bilevel.linalg.tracing import split, trace
 from bilevel.solvers import GradientDescent
@@ -269,6 +270,19 @@ def test_machine_code_gives_the_eager_numbers(name, dtype, monkeypatch):
     assert all(seconds > 0 for seconds in compiled.seconds.values())
 
 
+def test_compiled_code_is_found_again_on_disk():
+    """By the next process; what torch cannot keep it counts as a bypass."""
+    from torch._dynamo.utils import counters
+    from torch._inductor.utils import fresh_cache
+
+    with fresh_cache():
+        for number in (1, 2):
+            counters.clear()
+            assert CompiledDerivatives().at(mlp, randn(14), {"decay": randn().square()}).fallback is None
+            found = {name: count for name, count in counters["inductor"].items() if name.startswith("fxgraph_cache")}
+            assert found == ({"fxgraph_cache_miss": 2} if number == 1 else {"fxgraph_cache_hit": 2})
+
+
 def test_without_a_compiler_products_are_eager():
     scale = float(torch.seed() % 1000 + 1)  # a graph that no cache knows
     with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler"), "fx_graph_cache": False}):
@@ -369,7 +383,7 @@ def test_so_many_shapes_and_no_more(graphs):
         made, fallback = go(size)
         assert made == MAX_PROGRAMS and f"{MAX_PROGRAMS} other shapes" in fallback
     assert go(1) == (MAX_PROGRAMS, None)  # these go on
-    assert len(compiled._programs) == MAX_PROGRAMS  # what is refused leaves nothing behind
+    assert len(compiled.programs) == MAX_PROGRAMS  # what is refused leaves nothing behind
 
 
 def test_later_changes_of_the_arguments_do_not_reach_the_products(graphs):
@@ -619,7 +633,7 @@ def test_roots_of_an_optimality_are_no_changes_of_the_function(dtype):
         for _ in range(200):
             x = torch.tanh(x @ matrix.T + args["c"])
         found = compiled.at(optimality, x, args)
-        assert found.fallback is None and compiled._changes == 0
+        assert found.fallback is None and compiled.programs.changes == 0
 
 
 def test_products_of_few_columns_are_turned_and_views_of_them_stay_possible():

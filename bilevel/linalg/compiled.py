@@ -20,10 +20,8 @@ from torch import Tensor
 from bilevel.linalg.differentiate import Derivatives, Function, differentiate
 from bilevel.linalg.operator import LinearOperator
 from bilevel.linalg.program import Inputs, Program, timed
+from bilevel.linalg.programs import Programs, agree
 from bilevel.linalg.tracing import Untraceable
-
-MAX_PROGRAMS = 8  # shapes, and values of what is no tensor, for which one function is compiled
-MAX_CHANGES = 3  # times that it is traced again because something has changed that it reads but is not given
 
 
 class CompiledDerivatives:
@@ -39,6 +37,7 @@ class CompiledDerivatives:
     methods.
 
     Attributes:
+        programs: what has been compiled.
         seconds: spent on tracing, on compiling, and on the comparison with eager products, over all programs.
 
     Example:
@@ -52,8 +51,7 @@ class CompiledDerivatives:
     def __init__(self) -> None:
         """Nothing is compiled yet."""
         self.seconds = {"trace": 0.0, "compile": 0.0, "compare": 0.0}
-        self._programs: dict[Any, Program | str] = {}  # for some shapes a sentence: why there is none
-        self._changes = 0
+        self.programs: Programs[Program] = Programs("the products are")
 
     def at(self, function: Function, point: Tensor, args: Mapping[str, Tensor], data: Any = None) -> Derivatives:
         """The derivatives at a point; compiles at the first of its shapes.
@@ -65,48 +63,29 @@ class CompiledDerivatives:
             data: whatever else the function is given, for instance a batch. Tensors in nested lists, tuples and
                 dictionaries may change from point to point; any other value costs a program of its own.
         """
-        inputs = Inputs.of(point, args, data)
-        program = self._programs.get(inputs.key)
+        inputs = Inputs.copied(point, args, data)
+        program = self.programs.get(inputs.key)
         if isinstance(program, Program):
             found = program.at(inputs)
             with torch.enable_grad():  # nothing here requires any, but an optimality may take a gradient itself
                 value = function(inputs.point, inputs.args, data).detach()
-            if not bool(value.isfinite().all()) or _agree(found.value, value, _terms(found, inputs.point)):
+            if not bool(value.isfinite().all()) or agree(found.value, value, _terms(found, inputs.point)):
                 return found
-            self._changes += 1
+            self.programs.outdated()
             program = None
         reference = differentiate(function, inputs.point, inputs.args, data)
         if program is None:
             if not bool(reference.optimality.isfinite().all()):  # nothing to compare with: wait for another point
-                return replace(reference, fallback=_sentence("the function is not finite here"))
-            program = self._make(function, inputs, reference)
-            if inputs.key in self._programs or len(self._programs) < MAX_PROGRAMS:
-                self._programs[inputs.key] = program
+                return replace(reference, fallback=self.programs.sentence("the function is not finite here"))
+            program = self.programs.make(inputs.key, lambda: self._build(function, inputs, reference))
         return replace(reference, fallback=program) if isinstance(program, str) else program.at(inputs)
 
-    def _make(self, function: Function, inputs: Inputs, reference: Derivatives) -> Program | str:
-        """A program whose products are the reference's, or why there is none."""
-        if self._changes > MAX_CHANGES:
-            return _sentence(
-                f"the function's value was {self._changes} times not that of its graph, so it reads something that changes "
-                "and is not among its arguments: make it a hyperparameter or part of the batch"
-            )
-        if len(self._programs) >= MAX_PROGRAMS and inputs.key not in self._programs:
-            return _sentence(f"{MAX_PROGRAMS} other shapes of its arguments have been compiled already")
-        try:
-            program = Program.of(function, inputs, reference, self.seconds)
-            with timed(self.seconds, "compare"):
-                _compare(program.at(inputs), reference)
-        except Untraceable as reason:
-            return _sentence(str(reason))
-        except Exception as error:  # of any kind; it is not the function's own, which has just been differentiated
-            first = str(error).strip().partition("\n")[0].rstrip(".:") or "no message"
-            return _sentence(f"they could not be compiled ({type(error).__name__}: {first})")
+    def _build(self, function: Function, inputs: Inputs, reference: Derivatives) -> Program:
+        """A program whose products are the reference's."""
+        program = Program.of(function, inputs, reference, self.seconds)
+        with timed(self.seconds, "compare"):
+            _compare(program.at(inputs), reference)
         return program
-
-
-def _sentence(reason: str) -> str:
-    return f"the products are eager, not compiled, because {reason}."
 
 
 def _compare(found: Derivatives, reference: Derivatives) -> None:
@@ -129,7 +108,7 @@ def _compare(found: Derivatives, reference: Derivatives) -> None:
     mixed = found.mixed(backwards)
     pairs |= {f"derivative by {name}": (mixed[name], part) for name, part in reference.mixed(backwards).items()}
     for name, (compiled, eager) in pairs.items():
-        if not _agree(compiled, eager):
+        if not agree(compiled, eager):
             gap = float((compiled - eager).norm() / eager.norm())
             raise Untraceable(f"their {name} differs from the eager one by {gap:.1e} (relative)")
 
@@ -138,9 +117,3 @@ def _terms(found: Derivatives, point: Tensor) -> float:
     """The size of what an optimality is a sum of, by which it is rounded: at a root nothing of it is left; 0 for a loss."""
     is_loss = found.value.ndim < point.ndim
     return 0.0 if is_loss else float(found.operator.mv(point).norm())
-
-
-def _agree(found: Tensor, expected: Tensor, terms: float = 0.0) -> bool:
-    """Whether half of the digits are the same: far above rounding, far below any mistake."""
-    tolerance = torch.finfo(expected.dtype).eps ** 0.5
-    return bool((found - expected).norm() <= tolerance * (expected.norm() + terms))

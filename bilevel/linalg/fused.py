@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from bilevel.linalg.tracing import trace
 
@@ -23,12 +25,25 @@ OPTIONS = {"pattern_matcher": False, "size_asserts": False, "alignment_asserts":
 def compile_graph(graph: torch.fx.GraphModule, example: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
     """A traced graph as machine code for inputs that are laid out as the example."""
     arguments: list[Any] = list(example)
+    _describe_inputs(graph, example)
     on_cpu = all(tensor.device.type == "cpu" for tensor in example)
     # A C++ wrapper calls the kernels faster than a Python one. For a GPU it takes minutes to build, and a recording of the
     # kernels (`bilevel.linalg.replay`) needs neither.
     options = {**OPTIONS, "cpp_wrapper": on_cpu}
     compiled: Callable[..., Sequence[Tensor]] = torch._inductor.compile(graph, arguments, options=options)
     return compiled
+
+
+def _describe_inputs(graph: torch.fx.GraphModule, example: Sequence[Tensor]) -> None:
+    """Let the graph know its inputs as they are laid out here, without which torch keeps no code on disk for the next process.
+
+    What it knows from tracing may be something else: inputs of a part are laid out as the part before it was compiled.
+    """
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    for node in graph.graph.nodes:
+        node.meta.pop("val", None)
+    for node, tensor in zip(graph.graph.find_nodes(op="placeholder"), example, strict=True):
+        node.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
 
 
 def layout(tensor: Tensor) -> Any:

@@ -71,11 +71,17 @@ class Inputs(NamedTuple):
     key: Any
 
     @classmethod
-    def of(cls, point: Tensor, args: Mapping[str, Tensor], data: Any) -> Inputs:
-        """Point and args are copied: the products must not see what an optimiser does to them later."""
+    def copied(cls, point: Tensor, args: Mapping[str, Tensor], data: Any) -> Inputs:
+        """With copies of point and args, for who keeps them: products must not see what an optimiser does to them later."""
         point, *values = (
             value.detach().clone(memory_format=torch.contiguous_format) for value in (point, *args.values())
         )
+        return cls.of(point, dict(zip(args, values, strict=True)), data)
+
+    @classmethod
+    def of(cls, point: Tensor, args: Mapping[str, Tensor], data: Any) -> Inputs:
+        """As they are, cut from any graph."""
+        point, *values = (value.detach() for value in (point, *args.values()))
         entries, spec = pytree.tree_flatten(data)
         tensors = [entry.detach() for entry in entries if isinstance(entry, Tensor)]
         plain = (bool, int, float, complex, str, bytes, type(None))
