@@ -54,17 +54,20 @@ class MetaTask:
         return list(zip(*self.episode.support, *self.episode.query, strict=True))
 
 
-def torch_network(way: int, num_filters: int = 64, num_channels: int = 1) -> nn.Module:
-    """The network of the papers in torch's layers."""
+SIDES = (14, 7, 4, 2)  # of the images after each layer
+
+
+def torch_network(way: int, num_filters: int = 64, num_channels: int = 1, num_layers: int = 4) -> nn.Module:
+    """The network of the papers in torch's layers; for images of 28 x 28."""
     blocks: list[nn.Module] = []
-    for layer in range(4):
+    for layer in range(num_layers):
         before = num_filters if layer else num_channels
         blocks += [
             nn.Conv2d(before, num_filters, 3, stride=2, padding=1, bias=False),
             nn.BatchNorm2d(num_filters, track_running_stats=False),
             nn.ReLU(),
         ]
-    return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(4 * num_filters, way))
+    return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(SIDES[num_layers - 1] ** 2 * num_filters, way))
 
 
 def solve_cg(product: Callable[[Tensor], Tensor], vector: Tensor, num_steps: int) -> Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from bilevel.batches import check_tasks, take
 from bilevel.errors import UsageError
@@ -16,6 +17,9 @@ from bilevel.problem import Problem
 from bilevel.purity import Purity
 from bilevel.solvers import Anchored, Objective
 from bilevel.tree import Layout, TensorDict, flatten_names
+
+if TYPE_CHECKING:
+    pass
 
 Loss = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Any], Tensor]
 Batched = Callable[[Tensor, Mapping[str, Tensor]], Tensor]  # over the tasks' leading dimension, if there is one
@@ -111,6 +115,14 @@ class FlatProblem:
                 raise UsageError(f"optimality was expected to return a dictionary like params: {error}") from error
 
         return Objective(optimality=self._over_tasks(residual, "optimality", "inner_batches", batch, is_scalar=False))
+
+    def compiled_objective(self, batch: Any) -> Objective:
+        """The same, its value and gradient as machine code where nothing is recorded; compiled once for each of its shapes."""
+        from bilevel.solvers.compiled import CompiledGradients  # the compiler takes half a second to import
+
+        programs = _COMPILED.setdefault(self.problem, {})
+        gradients = programs.setdefault((self.layout, self.looped), CompiledGradients())
+        return replace(self.objective(batch), compiled=gradients.of(self.objective, batch, self.purity.active))
 
     def loss_objective(self, batch: Any) -> Objective:
         """The problem's `inner_loss` and anchor on a batch, also where it has an `optimality` besides."""
@@ -238,6 +250,10 @@ class FlatProblem:
             return lambda x, hparams: torch.stack([frozen(one, hparams, take(batch, i)) for i, one in enumerate(x)])
         over = torch.vmap(frozen, in_dims=(0, None, None if batch is None else 0), randomness="different")
         return lambda x, hparams: over(x, hparams, batch)
+
+
+# problem -> {(layout, looped): its programs}; by identity, as problems may not hash
+_COMPILED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def _starting_params(problem: Problem, hparams: Mapping[str, Tensor]) -> TensorDict:

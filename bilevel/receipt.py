@@ -36,7 +36,7 @@ class Receipt:
         error_certified: whether a declared lower bound of the curvature stands behind the estimate.
         estimate_mv: products that the estimate took.
         space: which coordinates gradient and errors are in: always those of the problem, natural units.
-        fallback: why products that were to be compiled are not; None where they are, or were not meant to be.
+        fallback: why gradients or products that were to be compiled are not; None where they are, or were not meant to be.
         biased: why the number is not the hypergradient even when every solve is exact; empty when it is.
     """
 

@@ -26,7 +26,7 @@ def quick(request, tmp_path_factory):
     before = {path: path.read_bytes() for path in RESULTS.iterdir()}
     file = tmp_path_factory.mktemp("benchmarks") / "new" / f"{request.param}.json"
     command = [sys.executable, "-m", f"benchmarks.{request.param}", "--quick", "--json", str(file)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert {path: path.read_bytes() for path in RESULTS.iterdir()} == before
     return request.param, done.stdout, json.loads(file.read_text())

@@ -268,6 +268,7 @@ def test_patches_and_their_transpose_are_adjoint():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_grouped_convolutions_leave_tasks_side_by_side_and_so_do_the_operations_between_them(dtype, monkeypatch):
     monkeypatch.setattr(convolution, "groups_are_fast", lambda like: True)
+    monkeypatch.setattr(convolution, "FEW", 0)
     shapes = [(3, 2, 7, 6, 2), (3, 4, 3, 3, 2), (3, 4), (3, 4)]
     x, w, gain, bias = (
         draw(*shape, seed=seed).detach().to(dtype).requires_grad_() for seed, shape in enumerate(shapes)
@@ -282,14 +283,17 @@ def test_grouped_convolutions_leave_tasks_side_by_side_and_so_do_the_operations_
 def test_tasks_are_convolved_by_groups_only_where_onednn_does_it(dtype, monkeypatch):
     calls = []
     monkeypatch.setattr(grouped, "convolve", lambda *args, f=grouped.convolve: calls.append(1) or f(*args))
-    x, w = draw(3, 2, 7, 6, 2).detach().to(dtype), draw(3, 4, 3, 3, 2, seed=1).detach().to(dtype)
-    found = convolve(x, w, 2, 1)
+    x, w = draw(3, 3, 7, 6, 2).detach().to(dtype), draw(3, 4, 3, 3, 2, seed=1).detach().to(dtype)
+    found = convolve(x, w, 2, 1)  # 36 places of the kernel, 24 of two images
     assert bool(calls) is (dtype == torch.float32 and torch.backends.mkldnn.is_available())
+    calls.clear()
+    torch.testing.assert_close(convolve(x[:, :2], w, 2, 1), found[:, :2], rtol=1e-4, atol=1e-5)
+    assert not calls
     calls.clear()
     with torch.backends.mkldnn.flags(enabled=False):
         torch.testing.assert_close(convolve(x, w, 2, 1), found, rtol=1e-4, atol=1e-5)
     assert not calls
-    assert convolve(x[:0], w[:0], 2, 1).shape == (0, 2, 4, 3, 4)
+    assert convolve(x[:0], w[:0], 2, 1).shape == (0, 3, 4, 3, 4)
 
 
 @pytest.mark.parametrize("num_tasks", [1, 3])

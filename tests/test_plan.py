@@ -340,6 +340,16 @@ def test_a_trial_that_is_cut_short_counts_all_steps():
     assert not whole.extrapolated and whole.num_gradients == 40
 
 
+def test_compiling_is_no_part_of_a_solve(monkeypatch):
+    def slow(graph, example):
+        time.sleep(1.0)
+        return graph
+
+    monkeypatch.setattr("bilevel.solvers.compiled.compile_graph", slow)
+    trial = try_inner(site_of(Ridge(), allowance=0.5), GradientDescent(max_steps=40, atol=0.0, compile=True))
+    assert trial.num_made == 40  # no second of the half that is allowed goes to the compiler
+
+
 def linear_trial(solver, problem=None, allowance=5.0, product=1e-5):
     site = site_of(problem or Ridge(), allowance)
     params = try_inner(site, LBFGS()).params

@@ -111,6 +111,9 @@ class InnerTrial:
 def try_inner(site: Site, solver: InnerSolver) -> InnerTrial:
     """Solve the inner problem, in pieces that grow, until it is solved or the allowance is spent."""
     x, state, made, piece, part = site.start, None, 0, 1, None
+    if solver.compile:  # once in a run, not in each solve
+        with torch.no_grad():
+            solve_inner(site.flat, solver, x, site.hparams, site.batches, max_steps=1)
     begun = time.perf_counter()
     with torch.no_grad():
         while made < solver.max_steps and (part is None or time.perf_counter() - begun < site.allowance):

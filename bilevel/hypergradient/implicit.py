@@ -63,8 +63,9 @@ class Implicit(HypergradientMethod):
         damping: what is added to the diagonal of the inner Hessian; the receipt's residual and errors include what that does.
         unconverged: what to do where the inner solve ends short of its tolerance.
         negative_curvature: what to do where the inner Hessian is seen not to be positive definite.
-        compile: compile the products: seconds once (tens of them for large losses), then up to several times faster where
-            the network is small; falls back to eager products with a reason in the receipt.
+        compile: compile the products (the gradients of inner steps are the inner solver's affair, which has a `compile` of its
+            own): seconds once (tens of them for large losses), then up to several times faster where the network is small;
+            falls back to eager products with a reason in the receipt.
 
     Reference: Pedregosa (2016), "Hyperparameter optimization with approximate gradient"; Lorraine et al. (2020).
     """
@@ -144,8 +145,9 @@ class Implicit(HypergradientMethod):
         biased = solved.biased
         if batches.stochastic and batches.curvature is not None:
             biased += ("the Hessian is that of one minibatch",)
+        fallback = " ".join(reason for reason in (inner.fallback, at.fallback) if reason) or None
         receipt = Receipt(
-            **{**describe(inner), "stationarity": float(at.stationarity.max())},
+            **{**describe(inner), "stationarity": float(at.stationarity.max()), "fallback": fallback},
             **describe_linear(solved.solution, by_params),
             setup_mv=solved.setup_mv,
             damping=0.0 if solved.damping is None else float(solved.damping.max()),
@@ -154,7 +156,6 @@ class Implicit(HypergradientMethod):
             error_linear=estimate.linear,
             error_certified=None if math.isnan(estimate.value) else estimate.certified,
             estimate_mv=estimate.num_mv,
-            fallback=at.fallback,
             biased=biased,
         )
         return Hypergradient(gradient, inner.params.detach(), solved.state, receipt, outer, at.inner_loss)

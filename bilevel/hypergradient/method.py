@@ -155,11 +155,12 @@ def solve_inner(
     max_steps: int | None = None,
 ) -> InnerSolution:
     """Run the inner solver on this outer step's batches; inner step numbers start at `offset`."""
+    objective = problem.compiled_objective if solver.compile else problem.objective
     if not batches.stochastic:
-        return run(solver, problem.objective(batches.inner(0)), start, hparams, state=state, max_steps=max_steps)
+        return run(solver, objective(batches.inner(0)), start, hparams, state=state, max_steps=max_steps)
 
     def at(inner_step: int) -> Any:
-        return problem.objective(batches.inner(offset + inner_step))
+        return objective(batches.inner(offset + inner_step))
 
     return run(solver, at, start, hparams, state=state, max_steps=max_steps)
 
@@ -206,4 +207,5 @@ def describe(solution: InnerSolution) -> dict[str, Any]:
         "inner_gradients": solution.num_gradients,
         "inner_products": solution.num_mv,
         "inner_result": solution.result.name,
+        "fallback": solution.fallback,
     }

@@ -137,7 +137,8 @@ def adapt(
     """Let tasks adapt; `marks` are the numbers of inner steps, ascending, after which outputs are wanted.
 
     Random numbers of the problem are the same ones in each call, and are not missed by anyone afterwards. Where a task
-    diverges, which ends the solve of all, each is solved by itself.
+    diverges, which ends the solve of all, each is solved by itself. Gradients are not compiled: tasks come in several
+    numbers here, each of which would be another program, for a few steps.
     """
     with torch.no_grad(), problem.purity.rehearsal():
         outputs, usable = _solve(problem, solver, hparams, episode, marks)

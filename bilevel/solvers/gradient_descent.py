@@ -63,7 +63,9 @@ class GradientDescent(InnerSolver):
 
     def step(self, params: Tensor, state: State, loss: Objective, hparams: Hparams) -> tuple[Tensor, State]:
         """One step."""
-        gradient = self.conditions(loss).gradient(params, hparams)
+        gradient = loss.gradient(params, hparams)
+        if self.weight_decay != 0:
+            gradient = gradient + option(self.weight_decay, hparams) * params
         still = isinstance(self.momentum, int | float) and self.momentum == 0  # a pass over all tasks' params less
         velocity = gradient if still else option(self.momentum, hparams) * state["velocity"] + gradient
         rate = option(self.learning_rate, hparams)

@@ -16,6 +16,8 @@ from bilevel.solvers.solver import InnerSolver, State
 
 GROWTH = 1e10  # of the gradient norm, from its first value or from one; nothing that has been there is of use
 
+RECORDED = "the gradients of inner steps are eager, not compiled, because they are recorded for a derivative."
+
 LossAt = Callable[[int], Objective]  # inner step -> the objective on that step's batch
 
 
@@ -52,6 +54,7 @@ class InnerSolution:
         stationarity: largest norm of the latest gradient over the systems.
         num_gradients: gradients evaluated (of all systems at once).
         num_mv: Hessian-vector products spent inside the steps.
+        fallback: why gradients that were to be compiled are not, a sentence; None where they are, or were not meant to be.
     """
 
     params: Tensor
@@ -61,6 +64,7 @@ class InnerSolution:
     stationarity: float
     num_gradients: int
     num_mv: int
+    fallback: str | None = None
 
 
 def verdict(solver: InnerSolver, state: State) -> InnerResult | None:
@@ -116,10 +120,12 @@ def run(
     keep_freed_memory()
     at = (lambda _: loss) if isinstance(loss, Objective) else loss
     limit = solver.max_steps if max_steps is None else max_steps
-    state = solver.init(params, at(0), hparams) if state is None else state
+    objective = at(0)
+    state = solver.init(params, objective, hparams) if state is None else state
     result, number = None, 0
     for number in range(1, limit + 1):
-        new_params, new_state = solver.step(params, state, at(number - 1), hparams)
+        objective = at(number - 1)
+        new_params, new_state = solver.step(params, state, objective, hparams)
         new_state.setdefault("first_stationarity", new_state["stationarity"])  # carried: a loop in pieces is one loop
         result = verdict(solver, new_state)
         if result is not InnerResult.nonfinite:
@@ -134,4 +140,12 @@ def run(
         stationarity=float(state["stationarity"].max()) if limit else torch.nan,
         num_gradients=int(state["num_gradients"]),
         num_mv=int(state["num_mv"]),
+        fallback=_fallback(objective),
     )
+
+
+def _fallback(objective: Objective) -> str | None:
+    """Why the gradients of the loop that ends were not compiled, if they were meant to be."""
+    if objective.compiled is None:
+        return None
+    return RECORDED if torch.is_grad_enabled() else objective.compiled.fallback

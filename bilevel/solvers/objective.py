@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +40,19 @@ class Anchored:
         return torch.addcmul(others, strength, params).addcmul_(strength, centre, value=-1)
 
 
+class Compiled(Protocol):
+    """Value and gradient by machine code.
+
+    Attributes:
+        fallback: why there was none at the latest point, a sentence.
+    """
+
+    fallback: str | None
+
+    def __call__(self, params: Tensor, hparams: Hparams, /) -> tuple[Tensor, Tensor] | None:
+        """Both detached; None where they have to be evaluated as they are written."""
+
+
 @dataclass(frozen=True)
 class Objective:
     """An inner problem for one batch of data.
@@ -48,11 +62,13 @@ class Objective:
         optimality: `(params, hparams) -> (*batch, n)`, zero at the solution; None means the gradient of the loss.
         anchored: what of the loss is `½ Σ strength (params - centre)²`, with the rest of it; None where nothing is known to
             be. Its gradient then is no matter of autograd, for which it would be as much work as a small network.
+        compiled: value and gradient, or the optimality, as machine code, for where no derivative is recorded.
     """
 
     loss: Callable[[Tensor, Hparams], Tensor] | None = None
     optimality: Callable[[Tensor, Hparams], Tensor] | None = None
     anchored: Anchored | None = None
+    compiled: Compiled | None = None
 
     def value_and_gradient(self, params: Tensor, hparams: Hparams) -> tuple[Tensor, Tensor]:
         """Value and gradient; recorded when gradients are enabled.
@@ -65,6 +81,8 @@ class Objective:
                 "this inner solver needs inner_loss, but the problem defines only optimality: "
                 "use AndersonAcceleration or GradientDescent."
             )
+        if (found := self._by_machine_code(params, hparams)) is not None:
+            return found
         if self.anchored is not None:
             value, gradient = self._of_rest(params, hparams)
             return value + self.anchored.value(params, hparams), gradient + self.anchored.gradient(params, hparams)
@@ -72,6 +90,8 @@ class Objective:
 
     def gradient(self, params: Tensor, hparams: Hparams) -> Tensor:
         """The optimality, or the gradient of the loss."""
+        if (found := self._by_machine_code(params, hparams)) is not None:
+            return found[1]
         if self.anchored is not None:
             return self.anchored.gradient(params, hparams, self._of_rest(params, hparams)[1])
         if self.optimality is None:
@@ -80,6 +100,11 @@ class Objective:
             return self.optimality(params, hparams)
         with torch.enable_grad():  # the optimality may itself take a gradient
             return self.optimality(params.detach(), hparams).detach()
+
+    def _by_machine_code(self, params: Tensor, hparams: Hparams) -> tuple[Tensor, Tensor] | None:
+        if self.compiled is None or torch.is_grad_enabled() or in_transform():
+            return None
+        return self.compiled(params, hparams)
 
     def _of_rest(self, params: Tensor, hparams: Hparams) -> tuple[Tensor, Tensor]:
         """Value and gradient of the loss without the anchor."""

@@ -31,6 +31,9 @@ class InnerSolver(ABC):
         atol: stop when the stationarity (norm of the gradient, in its units) is at most this.
         rtol: stop as well when it is at most this times that of the starting point. With `atol` and `rtol` both 0 all
             the steps are made.
+        compile: compile the gradients of a problem's inner steps where these are not recorded for a derivative: seconds once
+            (tens of them for convolutional networks); `fit` and the hypergradients tell in the receipt where that fails, and
+            why. An objective that is no problem's is evaluated as it is.
 
     Attributes:
         differentiable: whether a step can be recorded, as the unrolled, forward and one-step methods need.
@@ -42,6 +45,7 @@ class InnerSolver(ABC):
     max_steps: int = 200
     atol: float = 1e-6
     rtol: float = field(default=0.0, kw_only=True)
+    compile: bool = field(default=False, kw_only=True)
 
     differentiable: ClassVar[bool] = True
     full_batch: ClassVar[bool] = False
@@ -57,6 +61,8 @@ class InnerSolver(ABC):
             raise UsageError(f"{name} needs atol >= 0, but got {self.atol!r}.")
         if not _is(Real, self.rtol) or not 0 <= self.rtol < 1:
             raise UsageError(f"{name} needs rtol in [0, 1), but got {self.rtol!r}.")
+        if not isinstance(self.compile, bool):
+            raise UsageError(f"{name} needs compile to be true or false, but got {self.compile!r}.")
 
     @property
     def hparam_names(self) -> tuple[str, ...]:

@@ -69,7 +69,7 @@ def _troubles(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         least = number(record["receipt.curvature_min"], 3)
         found.append(("the inner Hessian has negative curvature", f" (least seen {least}): the solution is no minimum"))
     if record.get("receipt.fallback"):
-        found.append(("the products are not compiled", f": {record['receipt.fallback']}"))
+        found.append(("not all is compiled that was to be", f": {record['receipt.fallback']}"))
     if record.get("shrunk"):
         error = number(record.get("hypergradient_error"), 3)
         found.append(("the hypergradient was shrunk", f": its estimated error is {error} times its norm"))
