@@ -335,7 +335,7 @@ def test_an_optimality_that_changes_is_seen_at_its_root(graphs):
     with torch.no_grad():
         for factor[0] in (1.0, 3.0):
             compiled = gradients.of(make, None)
-            compiled(x + 1, h)
+            compiled(x, h)
             torch.testing.assert_close(compiled(x + 1, h)[1], factor[0] * 2 * (x + 1))
     assert gradients.programs.changes == 1
 
@@ -365,6 +365,16 @@ def test_a_wrong_program_is_found_out(place, what, monkeypatch):
     eager, compiled = (found(problem, compile=compile) for compile in (False, True))
     assert f"their {what} differ from the eager ones by 1.0e-03" in compiled.receipt.fallback
     torch.testing.assert_close(compiled.params, eager.params, rtol=0, atol=0)
+
+
+def test_a_wrong_program_is_found_out_at_a_root(monkeypatch):
+    monkeypatch.setattr(
+        module, "compile_graph", lambda graph, example: lambda *tensors: [2 * r for r in graph(*tensors)]
+    )
+    compiled = CompiledGradients().of(lambda batch: Objective(optimality=lambda x, h: h["c"] * x), None)
+    with torch.no_grad():
+        assert compiled(torch.zeros(6), {"c": torch.tensor(2.0)}) is None
+    assert "differ from the eager ones by 1.0e+00" in compiled.fallback
 
 
 def test_an_error_of_the_compiler_is_one_sentence(monkeypatch):

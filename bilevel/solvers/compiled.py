@@ -19,7 +19,7 @@ from bilevel.solvers.objective import Hparams, Objective
 Make = Callable[[Any], Objective]  # a batch -> the objective on it
 Program = Callable[..., Sequence[Tensor]]
 
-# Distance, relative to the entries, at which gradients are compared: at a solution they are rounding alone.
+# Distance, relative to the entries (to one where all are zero), at which gradients are compared: at a solution they are rounding alone.
 NEARBY = 1e-2
 
 
@@ -150,7 +150,8 @@ def _near(inputs: Inputs) -> Inputs:
     """The same at a point nearby."""
     point = inputs.point
     noise = torch.randn(point.shape, generator=torch.Generator().manual_seed(0), dtype=point.dtype).to(point)
-    return inputs._replace(point=point + NEARBY * (point.abs() + point.abs().mean()) * noise)
+    typical = point.abs().mean()
+    return inputs._replace(point=point + NEARBY * (point.abs() + torch.where(typical > 0, typical, 1.0)) * noise)
 
 
 def _differ(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> str:
