@@ -60,7 +60,7 @@ def library(
     source: ClassEpisodes, network: Network, weights: TensorDict, num_tasks: int, device: str, compiled: bool = False
 ) -> Callable[[], TensorDict]:
     """A meta-step of this library, at given starting weights; the meta-gradient by the network's own names."""
-    problem = ProximalFewShot(source, network, num_tasks=num_tasks).to(device)
+    problem = ProximalFewShot(source, network, num_tasks=num_tasks, tasks_at_once=1).to(device)
     problem.start = {name: value.to(device) for name, value in weights.items()}
     solver = GradientDescent(max_steps=INNER, atol=0.0, learning_rate=0.1, compile=compiled)
     method = Implicit(

@@ -19,7 +19,7 @@ from bilevel.solvers import Anchored, Objective
 from bilevel.tree import Layout, TensorDict, flatten_names
 
 if TYPE_CHECKING:
-    pass
+    from bilevel.solvers.compiled import CompiledGradients
 
 Loss = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Any], Tensor]
 Batched = Callable[[Tensor, Mapping[str, Tensor]], Tensor]  # over the tasks' leading dimension, if there is one
@@ -118,11 +118,15 @@ class FlatProblem:
 
     def compiled_objective(self, batch: Any) -> Objective:
         """The same, its value and gradient as machine code where nothing is recorded; compiled once for each of its shapes."""
+        gradients = self.compiled("the gradients of inner steps are")
+        return replace(self.objective(batch), compiled=gradients.of(self.objective, batch, self.purity.active))
+
+    def compiled(self, what: str) -> CompiledGradients:
+        """The compiled gradients of one function of the problem, kept as long as the problem itself."""
         from bilevel.solvers.compiled import CompiledGradients  # the compiler takes half a second to import
 
         programs = _COMPILED.setdefault(self.problem, {})
-        gradients = programs.setdefault((self.layout, self.looped), CompiledGradients())
-        return replace(self.objective(batch), compiled=gradients.of(self.objective, batch, self.purity.active))
+        return programs.setdefault((what, self.layout, self.looped), CompiledGradients(what))
 
     def loss_objective(self, batch: Any) -> Objective:
         """The problem's `inner_loss` and anchor on a batch, also where it has an `optimality` besides."""
@@ -252,7 +256,7 @@ class FlatProblem:
         return lambda x, hparams: over(x, hparams, batch)
 
 
-# problem -> {(layout, looped): its programs}; by identity, as problems may not hash
+# problem -> {(what, layout, looped): its programs}; by identity, as problems may not hash
 _COMPILED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 

@@ -429,3 +429,49 @@ def test_an_objective_of_no_problem_is_evaluated_as_it_is(graphs):
     flat = FlatProblem.of(problem := Whole().to(dtype=torch.float64), {"decay": torch.tensor(0.1)})
     assert flat.objective(None).compiled is None and flat.compiled_objective(None).compiled is not None
     assert problem.evaluations == 0 and not graphs
+
+
+# --- the outer gradient -----------------------------------------------------------------------------------------------
+
+
+class Direct(Tasks):
+    """With a hyperparameter in the outer loss as well."""
+
+    def outer_loss(self, params, hparams, batch):
+        return super().outer_loss(params, hparams, batch) * hparams["decay"].exp()
+
+
+@pytest.mark.parametrize("tasks_at_once", [None, 1])
+def test_the_outer_gradient_is_the_eager_one(tasks_at_once, graphs):
+    problem = Direct().to(dtype=torch.float64)
+    problem.tasks_at_once = tasks_at_once
+    for step in (0, 1):
+        eager, compiled = (
+            found(problem, method=Implicit(linear_solver=GMRES(rtol=1e-12), compile=compile), step=step)
+            for compile in (False, True)
+        )
+        assert compiled.receipt.fallback is None and compiled.outer_loss == pytest.approx(eager.outer_loss, rel=1e-12)
+        torch.testing.assert_close(compiled.gradient, eager.gradient, rtol=1e-9, atol=1e-12)
+    assert len(graphs) == 3  # of the outer loss, and two of the products
+
+
+def test_an_outer_loss_that_cannot_be_compiled_says_so(graphs):
+    problem = Tasks().to(dtype=torch.float64)
+    problem.outer_loss = lambda params, hparams, batch: params["w"].sum() * torch.rand(())
+    torch.manual_seed(0)
+    eager = found(problem)
+    torch.manual_seed(0)
+    compiled = found(problem, method=Implicit(linear_solver=GMRES(rtol=1e-12), compile=True))
+    assert compiled.receipt.fallback.startswith(
+        "the gradients of the outer loss are eager, not compiled, because the func"
+    )
+    torch.testing.assert_close(compiled.gradient, eager.gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_an_outer_loss_that_changes_is_seen(graphs):
+    problem = Direct().to(dtype=torch.float64)
+    method = Implicit(linear_solver=GMRES(rtol=1e-12), compile=True)
+    found(problem, method=method)
+    outer_loss, problem.outer_loss = problem.outer_loss, lambda *args: 3 * outer_loss(*args)
+    compiled, eager = found(problem, method=method), found(problem)
+    torch.testing.assert_close(compiled.gradient, eager.gradient, rtol=1e-9, atol=1e-12)

@@ -20,6 +20,7 @@ from bilevel.hypergradient.method import (
     Hypergradient,
     HypergradientMethod,
     MethodState,
+    compiled_outer_gradients,
     describe,
     outer_gradients,
     solve_without_graph,
@@ -63,9 +64,9 @@ class Implicit(HypergradientMethod):
         damping: what is added to the diagonal of the inner Hessian; the receipt's residual and errors include what that does.
         unconverged: what to do where the inner solve ends short of its tolerance.
         negative_curvature: what to do where the inner Hessian is seen not to be positive definite.
-        compile: compile the products (the gradients of inner steps are the inner solver's affair, which has a `compile` of its
-            own): seconds once (tens of them for large losses), then up to several times faster where the network is small;
-            falls back to eager products with a reason in the receipt.
+        compile: compile the outer gradient and the products (the gradients of inner steps are the inner solver's affair, which
+            has a `compile` of its own): seconds once (tens of them for large losses), then up to several times faster where the
+            network is small; what cannot be compiled is eager, with a reason in the receipt.
 
     Reference: Pedregosa (2016), "Hyperparameter optimization with approximate gradient"; Lorraine et al. (2020).
     """
@@ -136,16 +137,23 @@ class Implicit(HypergradientMethod):
         if isinstance(handled, Hypergradient):
             return replace(handled, state=dict(state))  # what later steps can go on from, once solves converge again
         inner = handled
-        outer, by_params, direct = outer_gradients(problem, inner.params, hparams, batches)
-        linearised = linearise_compiled if self.compile else linearise
-        at = linearised(problem, solver, inner.params, hparams, batches.curvature)
+        outer_fallback = None
+        if self.compile:
+            (outer, by_params, direct), outer_fallback = compiled_outer_gradients(
+                problem, inner.params, hparams, batches
+            )
+        else:
+            outer, by_params, direct = outer_gradients(problem, inner.params, hparams, batches)
+        at = (linearise_compiled if self.compile else linearise)(
+            problem, solver, inner.params, hparams, batches.curvature
+        )
         solved = self._solve(at, by_params, inner, state)
         gradient = {name: direct[name] - part for name, part in at.mixed(solved.solution.value).items()}
         estimate = self._estimate(at, solver, batches, solved, by_params, gradient)
         biased = solved.biased
         if batches.stochastic and batches.curvature is not None:
             biased += ("the Hessian is that of one minibatch",)
-        fallback = " ".join(reason for reason in (inner.fallback, at.fallback) if reason) or None
+        fallback = " ".join(reason for reason in (inner.fallback, outer_fallback, at.fallback) if reason) or None
         receipt = Receipt(
             **{**describe(inner), "stationarity": float(at.stationarity.max()), "fallback": fallback},
             **describe_linear(solved.solution, by_params),

@@ -49,7 +49,7 @@ class Compiled(Protocol):
 
     fallback: str | None
 
-    def __call__(self, params: Tensor, hparams: Hparams, /) -> tuple[Tensor, Tensor] | None:
+    def __call__(self, params: Tensor, hparams: Hparams, /) -> tuple[Tensor, ...] | None:
         """Both detached; None where they have to be evaluated as they are written."""
 
 
@@ -104,7 +104,8 @@ class Objective:
     def _by_machine_code(self, params: Tensor, hparams: Hparams) -> tuple[Tensor, Tensor] | None:
         if self.compiled is None or torch.is_grad_enabled() or in_transform():
             return None
-        return self.compiled(params, hparams)
+        found = self.compiled(params, hparams)
+        return None if found is None else (found[0], found[1])
 
     def _of_rest(self, params: Tensor, hparams: Hparams) -> tuple[Tensor, Tensor]:
         """Value and gradient of the loss without the anchor."""
