@@ -1,4 +1,4 @@
-"""Compiled gradients of inner steps: the eager steps in every case, one program for all points, and a sentence where there is none.
+"""Compiled gradients: the eager numbers and steps in every case, one program for all points, and a sentence where there is none.
 
 As in `test_compiled.py`, most tests run the graph as it was traced; one compiles.
 """
@@ -61,7 +61,9 @@ def quartic(batch):
 
 
 def anchored(batch):
-    rest = lambda x, h: (x @ MATRIX.T - batch["shift"]).tanh().sum(-1)  # noqa: E731
+    def rest(x, h):
+        return (x @ MATRIX.T - batch["shift"]).tanh().sum(-1)
+
     term = Anchored(rest, lambda h: (h["c"].square(), h["c"].expand(6)))
     return Objective(lambda x, h: rest(x, h) + term.value(x, h), anchored=term)
 
