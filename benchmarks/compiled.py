@@ -33,7 +33,7 @@ from benchmarks.peers import JAX, PEERS, Hypergradient, versions
 from benchmarks.task import Task
 from bilevel.batches import StepBatches
 from bilevel.flat import FlatProblem, natural_hparams
-from bilevel.hypergradient.method import outer_gradients
+from bilevel.hypergradient.outer import outer_gradients
 from bilevel.linalg import ConjugateGradient
 from bilevel.linalg.compiled import CompiledDerivatives
 from bilevel.linalg.differentiate import Derivatives, differentiate

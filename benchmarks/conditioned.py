@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from bilevel.batches import StepBatches
 from bilevel.flat import FlatProblem
-from bilevel.hypergradient.method import outer_gradients
+from bilevel.hypergradient.outer import outer_gradients
 from bilevel.linalg import as_matrix
 from bilevel.linearisation import Linearisation, linearise
 from bilevel.problem import Problem

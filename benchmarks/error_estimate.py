@@ -40,7 +40,7 @@ from benchmarks.conditioned import PROBLEMS, Regression, descend, truth_near, un
 from bilevel.batches import StepBatches
 from bilevel.flat import FlatProblem
 from bilevel.hypergradient.error_estimate import ErrorEstimate, ErrorEstimator, Solved
-from bilevel.hypergradient.method import outer_gradients
+from bilevel.hypergradient.outer import outer_gradients
 from bilevel.linalg import ConjugateGradient, as_matrix
 from bilevel.linalg.recycling import WatchedOperator
 from bilevel.linearisation import Linearisation, linearise

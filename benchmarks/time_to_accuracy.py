@@ -34,7 +34,7 @@ from benchmarks.task import Task, WeightDecay, draw_weights
 from bilevel.batches import StepBatches
 from bilevel.data import load_digits
 from bilevel.flat import FlatProblem, natural_hparams
-from bilevel.hypergradient.method import outer_gradients
+from bilevel.hypergradient.outer import outer_gradients
 from bilevel.linalg import ConjugateGradient, DenseCholesky
 from bilevel.linearisation import Linearisation, linearise, linearise_compiled
 from bilevel.preconditioner import EKFAC, KFAC, LBFGSPairs, NoPreconditioner, Nystrom, Preconditioner, Prepared

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from bilevel.tree import Layout, TensorDict, flatten_names
 if TYPE_CHECKING:
     from bilevel.solvers.compiled import CompiledGradients
 
+Kept = TypeVar("Kept")
 Loss = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Any], Tensor]
 Batched = Callable[[Tensor, Mapping[str, Tensor]], Tensor]  # over the tasks' leading dimension, if there is one
 
@@ -125,8 +126,15 @@ class FlatProblem:
         """The compiled gradients of one function of the problem, kept as long as the problem itself."""
         from bilevel.solvers.compiled import CompiledGradients  # the compiler takes half a second to import
 
-        programs = _COMPILED.setdefault(self.problem, {})
-        return programs.setdefault((what, self.layout, self.looped), CompiledGradients(what))
+        return self.kept(what, lambda: CompiledGradients(what))
+
+    def kept(self, key: Any, make: Callable[[], Kept]) -> Kept:
+        """What has been made under a key, for this layout, and lives as long as the problem itself: compiled programs."""
+        found = _KEPT.setdefault(self.problem, {})
+        key = (self.layout, self.looped, key)
+        if key not in found:
+            found[key] = make()
+        return cast("Kept", found[key])
 
     def loss_objective(self, batch: Any) -> Objective:
         """The problem's `inner_loss` and anchor on a batch, also where it has an `optimality` besides."""
@@ -256,8 +264,8 @@ class FlatProblem:
         return lambda x, hparams: over(x, hparams, batch)
 
 
-# problem -> {(what, layout, looped): its programs}; by identity, as problems may not hash
-_COMPILED: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# problem -> {(layout, looped, key): what is kept}; by identity, as problems may not hash
+_KEPT: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def _starting_params(problem: Problem, hparams: Mapping[str, Tensor]) -> TensorDict:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import grad
-from torch.utils.weak import WeakIdKeyDictionary
 
 from bilevel.flat import FlatProblem
 from bilevel.linalg import GaussNewtonOperator, HessianOperator, JacobianOperator, LinearOperator
@@ -117,10 +116,9 @@ def linearise_compiled(
         assert chosen is not None
         return chosen(x, at)
 
-    programs = _COMPILED.setdefault(problem.problem, {})
     # What vanishes at a solution does not depend on how accurately it is asked for, which changes from step to step.
-    key = (problem.layout, replace(solver, max_steps=1, atol=math.inf, rtol=0.0))
-    found = programs.setdefault(key, CompiledDerivatives()).at(function, params, hparams, batch)
+    key = replace(solver, max_steps=1, atol=math.inf, rtol=0.0)
+    found = problem.kept(key, CompiledDerivatives).at(function, params, hparams, batch)
     is_loss = found.value.ndim < params.ndim
     value = float(found.value.mean()) if is_loss else inner_value(problem, params, hparams, batch)
     return Linearisation(
@@ -134,11 +132,6 @@ def linearise_compiled(
         found.mixed,
         found.fallback,
     )
-
-
-_COMPILED = (
-    WeakIdKeyDictionary()
-)  # problem -> {(layout, solver): CompiledDerivatives}; by identity, as problems may not hash
 
 
 def inner_value(problem: FlatProblem, params: Tensor, hparams: Mapping[str, Tensor], batch: Any) -> float:

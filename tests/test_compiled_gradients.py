@@ -457,8 +457,10 @@ def test_the_outer_gradient_is_the_eager_one(tasks_at_once, graphs):
     assert len(graphs) == 3  # of the outer loss, and two of the products
 
 
-def test_an_outer_loss_that_cannot_be_compiled_says_so(graphs):
+@pytest.mark.parametrize("tasks_at_once", [None, 1])
+def test_an_outer_loss_that_cannot_be_compiled_says_so_once(tasks_at_once, graphs):
     problem = Tasks().to(dtype=torch.float64)
+    problem.tasks_at_once = tasks_at_once
     problem.outer_loss = lambda params, hparams, batch: params["w"].sum() * torch.rand(())
     torch.manual_seed(0)
     eager = found(problem)
@@ -467,6 +469,7 @@ def test_an_outer_loss_that_cannot_be_compiled_says_so(graphs):
     assert compiled.receipt.fallback.startswith(
         "the gradients of the outer loss are eager, not compiled, because the func"
     )
+    assert compiled.receipt.fallback.count("the gradients of the outer loss") == 1
     torch.testing.assert_close(compiled.gradient, eager.gradient, rtol=1e-9, atol=1e-12)
 
 

@@ -12,7 +12,7 @@ from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem
 from bilevel.hypergradient import error_estimate
 from bilevel.hypergradient.error_estimate import CORRECTION, ErrorEstimator, Solved
-from bilevel.hypergradient.method import outer_gradients
+from bilevel.hypergradient.outer import outer_gradients
 from bilevel.linalg import (
     GMRES,
     MINRES,

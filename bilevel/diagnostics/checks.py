@@ -13,7 +13,7 @@ from bilevel.diagnostics.curvature import spectrum
 from bilevel.diagnostics.finding import DIFFERENCE, TITLES, Flaw, Limits, Row, nonfinite_row, row
 from bilevel.diagnostics.resolved import pull_to_raw, raw_coordinates, raw_places
 from bilevel.diagnostics.subject import Subject, relative
-from bilevel.hypergradient.method import outer_gradients
+from bilevel.hypergradient.outer import outer_gradients
 from bilevel.linalg import Tag
 from bilevel.linearisation import Linearisation
 from bilevel.problem import Problem

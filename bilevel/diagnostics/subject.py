@@ -18,7 +18,8 @@ from bilevel.diagnostics.resolved import Measured, directional_derivatives, pull
 from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem
 from bilevel.hypergradient import HypergradientMethod
-from bilevel.hypergradient.method import outer_gradients, solve_inner
+from bilevel.hypergradient.method import solve_inner
+from bilevel.hypergradient.outer import outer_gradients
 from bilevel.hypergradient.trial import first_look, given_hparams
 from bilevel.linalg import GMRES, MINRES, DenseLU, Tag
 from bilevel.linearisation import Linearisation, linearise

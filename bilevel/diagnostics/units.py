@@ -14,7 +14,7 @@ from bilevel.diagnostics.meter import peak_bytes, seconds_of
 from bilevel.diagnostics.trials import Site
 from bilevel.flat import FlatProblem
 from bilevel.hypergradient import Implicit, differentiate
-from bilevel.hypergradient.method import outer_gradients
+from bilevel.hypergradient.outer import outer_gradients
 from bilevel.linalg import GMRES, MINRES, LinearSolver, Tag
 from bilevel.linearisation import inner_value, leaves, linearise
 from bilevel.solvers import InnerSolver

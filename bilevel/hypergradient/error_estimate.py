@@ -35,7 +35,7 @@ from torch.autograd import grad
 
 from bilevel.batches import StepBatches
 from bilevel.errors import UsageError
-from bilevel.hypergradient.method import outer_gradients
+from bilevel.hypergradient.outer import outer_gradients
 from bilevel.linalg import Tag
 from bilevel.linalg.recycling import Subspace, WatchedOperator
 from bilevel.linearisation import Linearisation, linearise

@@ -19,8 +19,8 @@ from bilevel.hypergradient.method import (
     Hypergradient,
     HypergradientMethod,
     MethodState,
-    outer_gradients,
 )
+from bilevel.hypergradient.outer import outer_gradients
 from bilevel.linearisation import inner_value, leaves
 from bilevel.receipt import Receipt
 from bilevel.solvers import InnerResult, InnerSolver

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -20,12 +20,11 @@ from bilevel.hypergradient.method import (
     Hypergradient,
     HypergradientMethod,
     MethodState,
-    compiled_outer_gradients,
     describe,
-    outer_gradients,
     solve_without_graph,
 )
 from bilevel.hypergradient.negative_curvature import NegativeCurvature, SwitchToMINRES, System
+from bilevel.hypergradient.outer import OuterGradients, outer_gradients, outer_gradients_compiled
 from bilevel.hypergradient.trial import declared_curvature
 from bilevel.hypergradient.unconverged import OuterStep, Unconverged, Warn, settle
 from bilevel.linalg import AutoSolver, ConjugateGradient, LinearSolver, Tag
@@ -137,16 +136,9 @@ class Implicit(HypergradientMethod):
         if isinstance(handled, Hypergradient):
             return replace(handled, state=dict(state))  # what later steps can go on from, once solves converge again
         inner = handled
-        outer_fallback = None
-        if self.compile:
-            (outer, by_params, direct), outer_fallback = compiled_outer_gradients(
-                problem, inner.params, hparams, batches
-            )
-        else:
-            outer, by_params, direct = outer_gradients(problem, inner.params, hparams, batches)
-        at = (linearise_compiled if self.compile else linearise)(
-            problem, solver, inner.params, hparams, batches.curvature
-        )
+        evaluate = COMPILED if self.compile else EAGER
+        (outer, by_params, direct), outer_fallback = evaluate.outer(problem, inner.params, hparams, batches)
+        at = evaluate.inner(problem, solver, inner.params, hparams, batches.curvature)
         solved = self._solve(at, by_params, inner, state)
         gradient = {name: direct[name] - part for name, part in at.mixed(solved.solution.value).items()}
         estimate = self._estimate(at, solver, batches, solved, by_params, gradient)
@@ -212,6 +204,17 @@ class Implicit(HypergradientMethod):
 
 
 PREFIX = "preconditioner."
+
+
+class _Evaluation(NamedTuple):
+    """How both problems are differentiated at the inner solution."""
+
+    outer: Callable[..., tuple[OuterGradients, str | None]]  # with why it is eager after all
+    inner: Callable[..., Linearisation]
+
+
+EAGER = _Evaluation(lambda *at: (outer_gradients(*at), None), linearise)
+COMPILED = _Evaluation(outer_gradients_compiled, linearise_compiled)
 
 
 class _Solved(NamedTuple):

@@ -18,10 +18,10 @@ from bilevel.hypergradient.method import (
     HypergradientMethod,
     MethodState,
     describe,
-    outer_gradients,
     solve_without_graph,
 )
 from bilevel.hypergradient.negative_curvature import NegativeCurvature, SwitchToMINRES, System
+from bilevel.hypergradient.outer import outer_gradients
 from bilevel.hypergradient.paths import explain_vanishing
 from bilevel.hypergradient.unconverged import OuterStep, Unconverged, Warn, settle
 from bilevel.linalg import MINRES, DiagonalOperator, LinearSolver

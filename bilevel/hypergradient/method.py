@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,6 @@ from bilevel.batches import StepBatches
 from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem
 from bilevel.hypergradient.accuracy import Accuracy, FixedAccuracy
-from bilevel.linearisation import leaves
 from bilevel.receipt import Receipt
 from bilevel.solvers import InnerSolution, InnerSolver, run
 from bilevel.tree import TensorDict
@@ -182,58 +180,6 @@ def solve_without_graph(
     """The inner solve of the methods that differentiate at its end only, from the previous solution or the beginning."""
     with torch.no_grad():
         return solve_inner(problem, solver, starting_point(problem, params, hparams, warm_start), hparams, batches)
-
-
-def outer_gradients(
-    problem: FlatProblem, params: Tensor, hparams: Mapping[str, Tensor], batches: StepBatches
-) -> tuple[float, Tensor, TensorDict]:
-    """Mean outer loss and its partial derivatives: with respect to params, and directly to hyperparameters."""
-    number = params.shape[:-1].numel()
-    parts = problem.in_parts(params.detach(), batches.outer)
-    return _summed([outer_gradient(part, x, hparams, batch, number) for part, x, batch in parts], hparams)
-
-
-def compiled_outer_gradients(
-    problem: FlatProblem, params: Tensor, hparams: Mapping[str, Tensor], batches: StepBatches
-) -> tuple[tuple[float, Tensor, TensorDict], str | None]:
-    """The same by machine code, and why it is not, a sentence, where it could not be compiled."""
-    number, programs = params.shape[:-1].numel(), problem.compiled("the gradients of the outer loss are")
-    found, fallback = [], None
-    for part, x, batch in problem.in_parts(params.detach(), batches.outer):
-
-        def evaluate(
-            x: Tensor, hparams: Mapping[str, Tensor], data: Any, part: FlatProblem = part
-        ) -> tuple[Tensor, ...]:
-            return outer_gradient(part, x, hparams, data, number)
-
-        def value(x: Tensor, hparams: Mapping[str, Tensor], data: Any, part: FlatProblem = part) -> Tensor:
-            return part.outer_loss(x, hparams, data).sum() / number
-
-        compiled = programs.of_function(evaluate, value, batch, problem.purity.active)
-        found.append(compiled(x, hparams) or evaluate(x, hparams, batch))
-        fallback = compiled.fallback
-    return _summed(found, hparams), fallback
-
-
-def outer_gradient(
-    problem: FlatProblem, params: Tensor, hparams: Mapping[str, Tensor], batch: Any, number: int
-) -> tuple[Tensor, ...]:
-    """Sum of the outer losses of some tasks over the number of all, and its derivatives by params and each hyperparameter."""
-    with torch.enable_grad():
-        leaf, direct = params.detach().requires_grad_(), leaves(hparams)
-        loss = problem.outer_loss(leaf, direct, batch).sum() / number
-        return loss.detach(), *torch.autograd.grad(loss, [leaf, *direct.values()], materialize_grads=True)
-
-
-def _summed(parts: list[tuple[Tensor, ...]], hparams: Mapping[str, Tensor]) -> tuple[float, Tensor, TensorDict]:
-    """The parts' values and derivatives by hyperparameters, added up, and those by params, one after the other."""
-    losses, by_params, *by_hparams = zip(*parts, strict=True)
-    total = sum(float(loss) for loss in losses)
-    summed = {
-        name: functools.reduce(torch.add, values, torch.zeros_like(hparams[name]))
-        for name, values in zip(hparams, by_hparams, strict=True)
-    }
-    return total, by_params[0] if len(by_params) == 1 else torch.cat(by_params), summed
 
 
 def describe(solution: InnerSolution) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from bilevel.hypergradient.method import (
     HypergradientMethod,
     MethodState,
     describe,
-    outer_gradients,
     solve_without_graph,
 )
+from bilevel.hypergradient.outer import outer_gradients
 from bilevel.linearisation import inner_value, leaves
 from bilevel.receipt import Receipt
 from bilevel.solvers import InnerSolution, InnerSolver, Objective, UpdateRule

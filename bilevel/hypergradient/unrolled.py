@@ -18,10 +18,10 @@ from bilevel.hypergradient.method import (
     HypergradientMethod,
     MethodState,
     describe,
-    outer_gradients,
     solve_inner,
     starting_point,
 )
+from bilevel.hypergradient.outer import outer_gradients
 from bilevel.linearisation import inner_value, leaves
 from bilevel.receipt import Receipt
 from bilevel.solvers import InnerSolution, InnerSolver

@@ -13,7 +13,8 @@ from torch.autograd import grad
 from bilevel.batches import StepBatches
 from bilevel.flat import FlatProblem
 from bilevel.hypergradient import Hypergradient, HypergradientMethod
-from bilevel.hypergradient.method import MethodState, describe, outer_gradients, solve_without_graph
+from bilevel.hypergradient.method import MethodState, describe, solve_without_graph
+from bilevel.hypergradient.outer import outer_gradients
 from bilevel.linearisation import inner_value, leaves
 from bilevel.receipt import Receipt
 from bilevel.solvers import InnerSolution, InnerSolver
