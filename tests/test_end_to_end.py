@@ -99,3 +99,13 @@ def test_termination_ends_a_run_as_an_interruption_does(tmp_path):
     _, err = run.communicate(timeout=60)
     assert run.returncode == 130 and f"interrupted: go on with python -m bilevel train resume={folder}" in err
     assert list((folder / "checkpoints").iterdir()) and (folder / "summary.json").is_file()
+
+
+def test_what_takes_long_before_the_first_step_is_told(tmp_path, capsys, monkeypatch):
+    from bilevel.cli.main import main
+
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, example, options: graph)  # the rest is not slow
+    words = ["trainer.num_steps=1", "solver.max_steps=5", "tracking=none", "callbacks=none", f"output_dir={tmp_path}"]
+    assert main(["train", "experiment=digits", "hypergradient.compile=true", *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "the products are being compiled, the first time on a machine in up to minutes" in lines
