@@ -462,25 +462,6 @@ def test_wrong_products_are_found_out(function, spoilt, what, monkeypatch):
     assert type(found.operator).__module__ != module.__name__
 
 
-@pytest.mark.parametrize(("factor", "is_compiled"), [(1.0, True), (1.02, False)])
-def test_units_that_rounding_takes_over_a_kink_are_no_mistake_of_products(factor, is_compiled, monkeypatch):
-    def compile(graph, example, options):
-        def run(*tensors):
-            noise = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(5))
-            first = tensors[0] * (1 + 4 * torch.finfo(torch.float32).eps * noise)
-            return [factor * result for result in graph(first, *tensors[1:])]
-
-        return run
-
-    def zigzag(x, args, data):  # kinks everywhere, at some of the million units nearer than rounding
-        return (x.square() * ((20 * x) % 1 - 0.5).abs()).sum(-1)
-
-    monkeypatch.setattr(torch._inductor, "compile", compile)
-    x = torch.randn(1_000_000, generator=torch.Generator().manual_seed(3))
-    found = CompiledDerivatives().at(zigzag, x, {})
-    assert (found.fallback is None) is is_compiled
-
-
 def test_a_wrong_setup_is_found_out(monkeypatch):
     def compile(graph, example, options):
         wrong = len(example) == 2  # the point and its argument

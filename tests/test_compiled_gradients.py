@@ -379,32 +379,6 @@ def test_a_wrong_program_is_found_out_at_a_root(monkeypatch):
     assert "differ from the eager ones by 1.0e+00" in compiled.fallback
 
 
-def zigzag(batch):
-    """A loss with kinks everywhere: of a million units, rounding takes some to the other side."""
-    return Objective(lambda x, h: h["c"] * ((20 * x) % 1 - 0.5).abs().sum(-1))
-
-
-@pytest.mark.parametrize(("factor", "compiled"), [(1.0, True), (1.02, False)])
-def test_units_that_rounding_takes_over_a_kink_are_no_mistake_of_a_program(factor, compiled, monkeypatch):
-    def rounding(graph, example):
-        def run(point, *rest):
-            noise = torch.randn(point.shape, generator=torch.Generator().manual_seed(5))
-            value, gradient = graph(point * (1 + 4 * torch.finfo(point.dtype).eps * noise), *rest)
-            return value, factor * gradient
-
-        return run
-
-    monkeypatch.setattr(module, "compile_graph", rounding)
-    x, h = torch.randn(1_000_000, generator=torch.Generator().manual_seed(3)), {"c": torch.tensor(2.0)}
-    gradient = CompiledGradients().of(zigzag, None)
-    with torch.no_grad():
-        gradient(x, h)
-        found, expected = gradient(x, h), zigzag(None).gradient(x, h)
-    assert (gradient.fallback is None) is compiled
-    if compiled:  # or else there was nothing to forgive
-        assert 3.5e-4 < float((found[1] - expected).norm() / expected.norm()) < 1e-2
-
-
 def test_an_error_of_the_compiler_is_one_sentence(monkeypatch):
     def broken(graph, example):
         raise RuntimeError("no compiler here.\nwith a long log")

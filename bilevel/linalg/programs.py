@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -18,8 +17,6 @@ log = logging.getLogger("bilevel")
 
 MAX_PROGRAMS = 8  # shapes, and values of what is no tensor, for which one function is compiled
 MAX_CHANGES = 3  # times that it is traced again because something has changed that it reads but is not given
-JUMPS = 10.0  # times the function's own change under rounding that a program may be away from it ...
-MOST = 1e-2  # ... but never more than this, relative
 
 
 class Programs(Generic[Program]):
@@ -89,29 +86,3 @@ def agree(found: Tensor, expected: Tensor, terms: float = 0.0) -> bool:
     """
     tolerance = torch.finfo(expected.dtype).eps ** 0.5
     return bool((found - expected).norm() <= tolerance * (expected.norm() + terms))
-
-
-def gap(found: Tensor, expected: Tensor, rounded: Callable[[], Tensor]) -> float | None:
-    """The relative difference of a program from its function, or None where that is rounding.
-
-    Derivatives jump at kinks, and of the millions of units of a network some always are so near to theirs that rounding takes
-    them to the other side: more than half of the digits may go. The function itself tells, at an argument that is rounded
-    otherwise, how much that is.
-
-    Args:
-        found: of the program.
-        expected: of the function.
-        rounded: the function at the `rounded` point; asked for only where digits are missing.
-    """
-    if agree(found, expected):
-        return None
-    size, away = float(expected.norm()), float((found - expected).norm())
-    if away <= min(JUMPS * float((rounded() - expected).norm()), MOST * size):
-        return None
-    return away / size if size else math.inf
-
-
-def rounded(point: Tensor) -> Tensor:
-    """The point as other roundings on the way to it might have left it: each entry changed by a few units in its last place."""
-    noise = torch.randn(point.shape, generator=torch.Generator().manual_seed(1), dtype=point.dtype).to(point)
-    return point * (1 + 4 * torch.finfo(point.dtype).eps * noise)
