@@ -19,6 +19,7 @@ from bilevel.meta import (
     Classification,
     FewShot,
     FewShotEvaluation,
+    FirstOrder,
     HeadFewShot,
     LearnedRateFewShot,
     ProximalFewShot,
@@ -142,6 +143,23 @@ class Keep(Callback):
 
     def on_step(self, record, hparams):
         self.records.append(dict(record))
+
+
+def test_evaluation_is_by_the_compiled_program_of_an_outer_step_and_makes_no_other(caplog):
+    """Five tasks, two at a time: the last one is eager."""
+    problem = FewShot(Sinusoid(), MLP(hidden=(6,)), Regression(), num_tasks=2).to(dtype=torch.float64)
+    compiling = replace(SOLVER, compile=True)
+    setup, _ = set_up(problem, compiling, FirstOrder(), ADAM, None)
+    with caplog.at_level("INFO", logger="bilevel"):
+        eager, compiled = (
+            evaluate(setup.problem, solver, start_of(problem), num_tasks=5, steps=(1, 4))
+            for solver in (SOLVER, compiling)
+        )
+    assert [record.message.partition(",")[0] for record in caplog.records] == [
+        "the gradients of inner steps are being compiled"
+    ]
+    assert len(setup.problem.compiled("the gradients of inner steps are").programs) == 1
+    torch.testing.assert_close(compiled.scores, eager.scores)
 
 
 def test_the_callback_records_validation_and_leaves_tables_and_pictures(tmp_path):

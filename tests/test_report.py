@@ -357,3 +357,24 @@ def test_an_interval_is_a_band_of_its_metric_and_no_metric(tmp_path: Path) -> No
 )
 def test_log_scales_are_for_positive_values_that_differ(values: list[float], worthy: bool) -> None:
     assert is_log_worthy(values) is worthy
+
+
+def test_both_themes_have_their_axes_in_the_same_places():
+    """The layout engine is asked once: what it answers is where the other theme's axes are put."""
+    from bilevel.report.style import DARK, LIGHT, Plate, blank, draw_in
+
+    drawn = []
+
+    def paint(theme):
+        figure, axes = blank(1, 2, 2.0)
+        for panel, top in zip(axes, (1.0, 123456.0), strict=True):  # the second one's labels are wider
+            panel.plot([0, 1], [0, top], color=theme.series[0])
+        drawn.append(figure)
+        return figure
+
+    plate = Plate("both", "", "", paint)
+    light, dark = draw_in(plate, [LIGHT, DARK])
+    (alone,) = draw_in(plate, [DARK])
+    first, second, by_itself = ([panel.get_position().bounds for panel in figure.axes] for figure in drawn)
+    assert first == second and light != dark and alone == dark
+    assert second == by_itself != [panel.get_position().bounds for panel in blank(1, 2, 2.0)[0].axes]

@@ -3,7 +3,6 @@
 import functools
 import json
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import Command
 from safetensors.numpy import load_file
 
 import bilevel.trainer
@@ -23,8 +23,9 @@ from bilevel.tracking import JsonlTracker
 from bilevel.trainer import Callback, Trainer, run
 from bilevel.trainer.checkpoint import load_checkpoint
 
+NUM_STEPS = 30
 COMMON = {
-    "experiment": "digits", "callbacks": "none", "tracking": "none", "threads": 1, "trainer.num_steps": 60,
+    "experiment": "digits", "callbacks": "none", "tracking": "none", "threads": 1, "trainer.num_steps": NUM_STEPS,
     "trainer.checkpoint_every": 1, "outer_optimizer.lr": 0.05,
 }  # fmt: skip
 RUNS = {
@@ -35,12 +36,12 @@ RUNS = {
         "outer_scheduler": "cosine", "linear_solver.max_steps": 10,
     },
     "few_shot": {  # a new episode in each step, drawn ahead by a thread of its own; scores of validation tasks
-        "experiment": "imaml_sinusoid", "tracking": "none", "threads": 1, "trainer.num_steps": 60,
+        "experiment": "imaml_sinusoid", "tracking": "none", "threads": 1, "trainer.num_steps": NUM_STEPS,
         "trainer.checkpoint_every": 2, "problem.learned": "per_layer", "callbacks.evaluation.num_tasks": 20,
         "callbacks.evaluation.every": 5, "callbacks.evaluation.num_validation_tasks": 10,
     },
     "omniglot": {  # images that are turned and moved, convolutions, a learning rate that falls
-        "experiment": "imaml_omniglot", "tracking": "none", "threads": 1, "trainer.num_steps": 60,
+        "experiment": "imaml_omniglot", "tracking": "none", "threads": 1, "trainer.num_steps": NUM_STEPS,
         "trainer.checkpoint_every": 2, "problem.num_tasks": 2, "model.num_filters": 4, "data.num_query": 1,
         "callbacks.evaluation.num_tasks": 4, "callbacks.evaluation.every": "null",
     },
@@ -49,17 +50,29 @@ KILLS = {"full_batch": 10, "minibatch": 10, "few_shot": 3, "omniglot": 3}
 TIMES = {"seconds", "eta_seconds"}
 
 
-def start(settings):
-    command = [sys.executable, "-m", "bilevel", "train", *(f"{key}={value}" for key, value in settings.items())]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def words_of(settings):
+    return ["train", *(f"{key}={value}" for key, value in settings.items())]
 
 
-def finish(process):
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+def folder_of(status, output):
+    assert status == 0, output
     last = output.strip().splitlines()[-1]
     assert last.startswith("summary: ")
     return Path(last.removeprefix("summary: ")).parent
+
+
+def finished(settings, output):
+    """The folder of a run that nothing disturbs."""
+    return folder_of(*Command(words_of(settings), output).wait())
+
+
+def finished_in_a_new_process(settings):
+    """The same as a user starts it."""
+    command = [sys.executable, "-m", "bilevel", *words_of(settings)]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, check=False
+    )
+    return folder_of(done.returncode, done.stdout)
 
 
 def records(directory):
@@ -76,22 +89,21 @@ def count_lines(root):
 def test_killed_again_and_again_and_resumed_is_bitwise_the_uninterrupted_run(kind, tmp_path, request):
     if kind == "omniglot":
         request.getfixturevalue("omniglot_root")
-    whole = finish(start({**RUNS[kind], "output_dir": tmp_path / "whole"}))
-    points = sorted(random.Random(kind).sample(range(2, 57), KILLS[kind]))
-    root = tmp_path / "killed"
+    whole = finished_in_a_new_process({**RUNS[kind], "output_dir": tmp_path / "whole"})
+    points = sorted(random.Random(kind).sample(range(2, NUM_STEPS - 3), KILLS[kind]))
+    root, output = tmp_path / "killed", tmp_path / "output"
     settings = {**RUNS[kind], "output_dir": root}
     killed = 0
     for point in points:
-        process = start(settings)
-        while count_lines(root) < point and process.poll() is None:
+        process = Command(words_of(settings), output)
+        while count_lines(root) < point and process.is_alive():
             time.sleep(0.001)
-        killed += process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        killed += process.is_alive()
+        process.kill()
         (directory,) = [path.parent for path in root.glob("*/*/config.yaml")]
         settings = {"resume": directory}
     assert killed == KILLS[kind]
-    assert finish(start(settings)) == directory
+    assert finished(settings, output) == directory
     assert records(directory) == records(whole)
     ours, theirs = (load_file(path / "hparams_last.safetensors") for path in (directory, whole))
     assert ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in ours)
@@ -102,27 +114,26 @@ def test_killed_again_and_again_and_resumed_is_bitwise_the_uninterrupted_run(kin
 
 
 def test_a_resumed_run_goes_on_to_more_steps_and_refuses_other_changes(tmp_path):
-    settings = {**RUNS["full_batch"], "trainer.num_steps": 4, "output_dir": tmp_path}
-    directory = finish(start(settings))
-    again = start({"resume": directory, "outer_optimizer.lr": 0.1})
-    output, _ = again.communicate(timeout=120)
-    assert again.returncode == 2 and "outer_optimizer.lr" in output and "Traceback" not in output
-    assert finish(start({"resume": directory, "trainer.num_steps": 6})) == directory
-    longer = finish(start({**RUNS["full_batch"], "trainer.num_steps": 6, "output_dir": tmp_path / "longer"}))
+    settings, output = {**RUNS["full_batch"], "trainer.num_steps": 4, "output_dir": tmp_path}, tmp_path / "output"
+    directory = finished(settings, output)
+    status, said = Command(words_of({"resume": directory, "outer_optimizer.lr": 0.1}), tmp_path / "refused").wait()
+    assert status == 2 and "outer_optimizer.lr" in said and "Traceback" not in said
+    assert finished({"resume": directory, "trainer.num_steps": 6}, output) == directory
+    longer = finished({**settings, "trainer.num_steps": 6, "output_dir": tmp_path / "longer"}, output)
     drop = {"num_steps"}
     ours, theirs = ([{k: v for k, v in r.items() if k not in drop} for r in records(d)] for d in (directory, longer))
     assert ours == theirs
 
 
 def test_a_corrupt_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path):
-    directory = finish(start({**RUNS["full_batch"], "trainer.num_steps": 6, "output_dir": tmp_path}))
+    output = tmp_path / "output"
+    directory = finished({**RUNS["full_batch"], "trainer.num_steps": 6, "output_dir": tmp_path}, output)
     expected = records(directory)
     newest = sorted((directory / "checkpoints").iterdir())[-1]
     damaged = newest / "tensors.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x55")
-    process = start({"resume": directory})
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and newest.name in output
+    status, said = Command(words_of({"resume": directory}), tmp_path / "resumed").wait()
+    assert status == 0 and newest.name in said
     assert records(directory) == expected
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bilevel.data import Examples
 from bilevel.errors import UsageError
-from bilevel.meta.evaluation import Adaptation, Mean, adapt, evaluate, few_shot, fixed_tasks
+from bilevel.meta.evaluation import Adaptation, Mean, adapt, eager, evaluate, few_shot, fixed_tasks
 from bilevel.trainer import Callback, RunStart
 
 PICTURES = "episodes.safetensors"
@@ -134,7 +134,7 @@ class FewShotEvaluation(Callback):
         """A few test tasks: their sets, and outputs for the query inputs before and after adaptation."""
         group = self.problem.with_tasks(self.num_pictures)
         episode = fixed_tasks(few_shot(group), "test", range(self.num_pictures), self.seed)
-        before, after = adapt(group, self.solver, hparams, episode, (0, self.solver.max_steps)).outputs
+        before, after = adapt(group, eager(self.solver), hparams, episode, (0, self.solver.max_steps)).outputs
         parts: dict[str, Examples] = {"support": episode.support, "query": episode.query}
         tensors = {f"{name}.{key}": value for name, part in parts.items() for key, value in part._asdict().items()}
         tensors |= {"outputs.before": before, "outputs.after": after}

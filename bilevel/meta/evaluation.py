@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -90,7 +90,9 @@ def evaluate(
 ) -> Adaptation:
     """Let tasks adapt, and score them.
 
-    The tasks are fixed: each is drawn by itself, a function of `part`, `seed` and its own number.
+    The tasks are fixed: each is drawn by itself, a function of `part`, `seed` and its own number. As many adapt at a time as
+    an outer step has, with its compiled programs where the solver compiles; the rest, a smaller number, is not worth another
+    program, and is eager.
 
     Args:
         problem: a few-shot problem, or one between vectors.
@@ -111,7 +113,7 @@ def evaluate(
     marks = sorted({0, solver.max_steps, *(step for step in steps if step >= 0)})
     scores, floors, diverged = [], [], 0
     for group, episode in _groups(flat, part, num_tasks, seed):
-        adapted = adapt(group, solver, hparams, episode, marks)
+        adapted = adapt(group, solver if group is flat else eager(solver), hparams, episode, marks)
         floors.append(user.objective.floor(episode))
         scores.append(torch.stack([user.objective.score(one, episode.query.targets) for one in adapted.outputs]))
         diverged += adapted.num_diverged
@@ -137,8 +139,7 @@ def adapt(
     """Let tasks adapt; `marks` are the numbers of inner steps, ascending, after which outputs are wanted.
 
     Random numbers of the problem are the same ones in each call, and are not missed by anyone afterwards. Where a task
-    diverges, which ends the solve of all, each is solved by itself. Gradients are not compiled: tasks come in several
-    numbers here, each of which would be another program, for a few steps.
+    diverges, which ends the solve of all, each is solved by itself.
     """
     with torch.no_grad(), problem.purity.rehearsal():
         outputs, usable = _solve(problem, solver, hparams, episode, marks)
@@ -146,7 +147,7 @@ def adapt(
         if usable or number == 1:
             return Adapted(outputs, 0 if usable else 1)
         alone = problem.with_tasks(1)
-        each = [_solve(alone, solver, hparams, take(episode, slice(i, i + 1)), marks) for i in range(number)]
+        each = [_solve(alone, eager(solver), hparams, take(episode, slice(i, i + 1)), marks) for i in range(number)]
     joined = [torch.cat(parts) for parts in zip(*(outputs for outputs, _ in each), strict=True)]
     return Adapted(joined, sum(not usable for _, usable in each))
 
@@ -155,7 +156,8 @@ def _solve(
     problem: FlatProblem, solver: InnerSolver, hparams: Mapping[str, Tensor], episode: Episode, marks: Sequence[int]
 ) -> tuple[list[Tensor], bool]:
     """Outputs after each of the numbers of steps, and whether the inner solve has not diverged."""
-    user, objective = few_shot(problem), problem.objective(episode.support)
+    user, objective_of = few_shot(problem), problem.compiled_objective if solver.compile else problem.objective
+    objective = objective_of(episode.support)
     x, state, made, usable = problem.start(hparams).detach(), None, 0, True
     outputs = []
     for mark in marks:
@@ -166,6 +168,11 @@ def _solve(
             torch.cat([_predict(user, problem, x, hparams, episode, i) for i in range(0, len(x), _size(user))])
         )
     return outputs, usable
+
+
+def eager(solver: InnerSolver) -> InnerSolver:
+    """The solver without compiled gradients: for tasks in a number of which there are too few to pay for a program."""
+    return replace(solver, compile=False)
 
 
 def few_shot(problem: Problem | FlatProblem) -> FewShot:
@@ -191,11 +198,12 @@ def fixed_tasks(problem: FewShot, part: str, numbers: Sequence[int], seed: int) 
 
 
 def _groups(problem: FlatProblem, part: str, num_tasks: int, seed: int) -> Iterator[tuple[FlatProblem, Episode]]:
-    """As many tasks at a time as an outer step has."""
+    """As many tasks at a time as an outer step has, by the problem itself; then the rest."""
     size = problem.problem.num_tasks or 1
     for begin in range(0, num_tasks, size):
         numbers = range(begin, min(begin + size, num_tasks))
-        yield problem.with_tasks(len(numbers)), fixed_tasks(few_shot(problem), part, numbers, seed)
+        group = problem if len(numbers) == size else problem.with_tasks(len(numbers))
+        yield group, fixed_tasks(few_shot(problem), part, numbers, seed)
 
 
 def _size(user: FewShot) -> int:

@@ -166,7 +166,8 @@ def _paint_histograms(tensors: dict[str, NDArray[Any]], theme: Theme) -> Figure:
             panel.set_xscale("log")
         else:
             edges = numpy.histogram_bin_edges(values, bins=num_bins)
-        panel.hist(values, bins=edges.tolist(), color=colour, alpha=0.75, edgecolor=theme.paper, linewidth=0.4)
+        counts, _ = numpy.histogram(values, bins=edges)
+        panel.stairs(counts, edges, fill=True, color=colour, alpha=0.75)
         panel.axvline(float(numpy.median(values)), color=theme.ink, linewidth=1.0)
         panel.set_title(f"{name}  ({values.size:,} values)")
         panel.set_ylabel("count")

@@ -10,7 +10,7 @@ from pathlib import Path
 from bilevel.jsonable import flatten
 from bilevel.report.figures import plates
 from bilevel.report.load import Run
-from bilevel.report.style import DARK, LIGHT, Plate, draw
+from bilevel.report.style import DARK, LIGHT, Plate, draw_in
 from bilevel.tracking.format import baseline_table, duration, number
 from bilevel.tracking.troubles import Troubles
 
@@ -115,7 +115,7 @@ def header(kicker: str, title: str, status: str, figures: Sequence[tuple[str, st
 
 def figure_html(plate: Plate, index: int, folder: Path) -> str:
     """A figure with its caption; drawn twice, because a page cannot recolour a picture at night."""
-    light, dark = draw(plate, LIGHT, folder), draw(plate, DARK)
+    light, dark = draw_in(plate, [LIGHT, DARK], folder)
     return (
         f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{_data(dark)}">'
         f'<img src="{_data(light)}" alt="{escape(plate.title)}"></picture>'

@@ -11,11 +11,13 @@ from typing import Any
 import numpy
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.transforms import Bbox
 
-__all__ = ["DARK", "LIGHT", "Plate", "Theme", "blank", "draw", "is_log_worthy", "log_axis"]
+__all__ = ["DARK", "LIGHT", "Plate", "Theme", "blank", "draw", "draw_in", "is_log_worthy", "log_axis"]
 
 WIDTH = 7.6  # inches: the text width of the page at 100 CSS pixels an inch
 DPI = 200
@@ -67,16 +69,39 @@ class Plate:
 
 def draw(plate: Plate, theme: Theme, folder: Path | None = None) -> bytes:
     """Render a plate as a PNG, and write it into `folder` when one is given."""
-    settings: Any = _settings(theme)  # matplotlib types the keys as one Literal of all its settings
-    with rc_context(settings):
-        figure = plate.paint(theme)
-        buffer = BytesIO()
-        figure.savefig(buffer, format="png", dpi=DPI, facecolor=theme.paper)
-    data = buffer.getvalue()
+    (data,) = draw_in(plate, [theme], folder)
+    return data
+
+
+def draw_in(plate: Plate, themes: Sequence[Theme], folder: Path | None = None) -> list[bytes]:
+    """Render a plate in several themes, which differ in colours alone, so that it is laid out once; `folder` gets the first."""
+    pictures: list[bytes] = []
+    places: list[Bbox] | None = None
+    for theme in themes:
+        settings: Any = _settings(theme)  # matplotlib types the keys as one Literal of all its settings
+        with rc_context(settings):
+            figure = plate.paint(theme)
+            figure.set_dpi(DPI)
+            canvas = FigureCanvasAgg(figure)
+            places = _lay_out(figure, places)
+            buffer = BytesIO()
+            canvas.print_png(buffer)
+        pictures.append(buffer.getvalue())
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{plate.name}.png").write_bytes(data)
-    return data
+        (folder / f"{plate.name}.png").write_bytes(pictures[0])
+    return pictures
+
+
+def _lay_out(figure: Figure, places: Sequence[Bbox] | None) -> list[Bbox]:
+    """Put the axes where they were in the figure before, or for the first one where the layout engine wants them."""
+    engine = figure.get_layout_engine()
+    if places is None and engine is not None:
+        engine.execute(figure)
+    figure.set_layout_engine("none")
+    for axes, place in zip(figure.axes, places or [], strict=False):
+        axes.set_position(place)
+    return [axes.get_position(original=True) for axes in figure.axes]
 
 
 def blank(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
