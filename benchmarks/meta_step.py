@@ -20,7 +20,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from torch._inductor.utils import fresh_cache
@@ -198,14 +197,12 @@ def main(argv: list[str] | None = None) -> int:
     sizes = (num_query, num_tasks, num_filters, num_layers, options.device)
     steps = made((*sizes, torch.float64))
     errors = differences(steps)
-    rounds, repeats, dtype, cache = (
-        (1, 2, torch.float64, nullcontext()) if options.quick else (3, 5, torch.float32, fresh_cache())
-    )  # the quick one takes the programs of the check
+    rounds, repeats = (1, 2) if options.quick else (3, 5)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-    with cache:  # of the compiler, empty in the first round
+    with fresh_cache():  # of the compiler, in the first round
         for _ in range(rounds):
             for name in found:
-                found[name] += in_fresh_processes(1, seconds_of, name, (*sizes, dtype), repeats)
+                found[name] += in_fresh_processes(1, seconds_of, name, (*sizes, torch.float32), repeats)
     seconds = {name: statistics.median(later for _, later in values) for name, values in found.items()}
     floor = operations(num_query, num_tasks, num_filters, num_layers) / speed(options.device)
     rows: list[Row] = [

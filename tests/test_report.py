@@ -359,7 +359,7 @@ def test_log_scales_are_for_positive_values_that_differ(values: list[float], wor
     assert is_log_worthy(values) is worthy
 
 
-def test_both_themes_have_their_axes_in_the_same_places():
+def test_both_themes_have_their_axes_in_the_same_places() -> None:
     """The layout engine is asked once: what it answers is where the other theme's axes are put."""
     from bilevel.report.style import DARK, LIGHT, Plate, blank, draw_in
 

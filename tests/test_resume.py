@@ -23,7 +23,7 @@ from bilevel.tracking import JsonlTracker
 from bilevel.trainer import Callback, Trainer, run
 from bilevel.trainer.checkpoint import load_checkpoint
 
-NUM_STEPS = 30
+NUM_STEPS = 60
 COMMON = {
     "experiment": "digits", "callbacks": "none", "tracking": "none", "threads": 1, "trainer.num_steps": NUM_STEPS,
     "trainer.checkpoint_every": 1, "outer_optimizer.lr": 0.05,
