@@ -21,7 +21,7 @@ from bilevel.hypergradient import (
 
 def stationarity(subject: Subject, limits: Limits) -> Row:
     """How far the hypergradient at the own solution is from that at the refined one."""
-    own, exact = subject.hypergradient(subject.at_own)[0], subject.exact
+    own, exact = subject.own, subject.exact
     error = relative(own, exact, subject.floor)
     inner = subject.inner
     figure = (
@@ -63,7 +63,7 @@ def method(subject: Subject, limits: Limits) -> Row:
     if isinstance(result, NumericalError):
         return Row(title, f"{name} stops", f"<= {limits.tolerance:g}", ((Flaw.stopped_by_policy, str(result)),))
     gradient, implicit = subject.layout.ravel(result.gradient), isinstance(subject.method, Implicit)
-    own, exact, floor = subject.hypergradient(subject.at_own)[0], subject.exact, subject.floor
+    own, exact, floor = subject.own, subject.exact, subject.floor
     error, beside_measured = relative(gradient, exact, floor), discrepancy(subject, subject.measured, gradient)
     beside = relative(gradient, own if implicit else exact, floor)
     solved = relative(own, exact, floor) <= limits.tolerance
