@@ -118,8 +118,8 @@ def _picture(panel: Axes, image: NDArray[Any], title: str, colour: str, *, frame
     grey = image.shape[-1] != 3
     panel.imshow(image[..., 0] if grey else numpy.clip(image, 0, 1), cmap="gray" if grey else None)
     panel.set_title(title, color=colour, fontsize=6.5, pad=2, loc="center", fontweight="bold" if framed else "normal")
-    panel.set_xticks([])
-    panel.set_yticks([])
+    panel.xaxis.set_visible(False)
+    panel.yaxis.set_visible(False)
     for spine in panel.spines.values():
         spine.set_visible(framed)
         spine.set_color(colour)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -129,9 +130,24 @@ def log_axis(axes: Axes, values: Sequence[float] | numpy.ndarray[Any, Any]) -> N
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
         else:
             axes.yaxis.set_major_locator(LogLocator(numticks=6))
+            axes.yaxis.set_major_formatter(lambda value, _: power_of_ten(value))
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.yaxis.set_major_locator(MaxNLocator(5))
+
+
+def power_of_ten(value: float) -> str:
+    """A tick of a logarithmic axis in plain characters, which take a hundredth of the time of mathematical ones.
+
+    Example:
+        >>> power_of_ten(0.01), power_of_ten(1e-12), power_of_ten(1e5)
+        ('0.01', '10⁻¹²', '10⁵')
+    """
+    exponent = round(math.log10(value))
+    return f"{value:g}" if -3 < exponent < 4 else "10" + str(exponent).translate(_RAISED)
+
+
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def _settings(theme: Theme) -> dict[str, Any]:
@@ -146,5 +162,5 @@ def _settings(theme: Theme) -> dict[str, Any]:
         **{"axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "grid.linewidth": 0.7},
         **{"axes.titlesize": 8.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 7},
         **{"font.family": "DejaVu Sans", "font.size": 8, "lines.linewidth": 1.7, "lines.solid_capstyle": "round"},
-        **{"axes.formatter.useoffset": False, "axes.formatter.limits": (-3, 5), "axes.formatter.use_mathtext": True},
+        **{"axes.formatter.useoffset": False, "axes.formatter.limits": (-3, 5), "axes.formatter.use_mathtext": False},
     }
