@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bilevel.cli.composer import composer, resolve
 from bilevel.cli.job import Parts, assemble
@@ -196,6 +197,12 @@ def _cpu_name() -> str:
         f"{values.get('model name', platform.machine())} (family {values.get('cpu family', '?')}, "
         f"model {values.get('model', '?')})"
     )
+
+
+def relative_difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """Norm of the difference over the norm of the other one."""
+    first, second = (torch.cat([value[name].flatten() for name in one]) for value in (one, other))
+    return float((first - second).norm() / second.norm())
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.common import Claim, Row, finish, parse, table
+from benchmarks.common import Claim, Row, finish, parse, relative_difference, table
 from bilevel import hypergradient_at
 from bilevel.batches import StepBatches
 from bilevel.data import ClassEpisodes
@@ -65,7 +65,7 @@ def problem_of(
     seed: int, num_filters: int, num_tasks: int, num_query: int, kind: type[Conv4] = Conv4
 ) -> ProximalFewShot:
     """Implicit MAML in float64."""
-    source = ClassEpisodes(images(1 + num_query, seed), {"train": range(10)}, WAY, 1, num_query, rotations=False)
+    source = ClassEpisodes(images(1 + num_query, seed), {"train": range(10)}, WAY, 1, num_query, rotated_parts=())
     network = kind(WAY, num_filters, activation="softplus")
     return ProximalFewShot(source, network, num_tasks=num_tasks, strength=STRENGTH, seed=seed).to(dtype=torch.float64)
 
@@ -109,12 +109,6 @@ def differences(
 def largest(values: Iterable[float]) -> float:
     """NaN if there is one, which `max` would lose."""
     return float(torch.tensor(list(values)).max())
-
-
-def relative(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """Norm of the difference over the norm."""
-    first, second = (torch.cat([value[name].flatten() for name in one]) for value in (one, other))
-    return float((first - second).norm() / second.norm())
 
 
 def bound_and_errors(problem: ProximalFewShot, params: Tensor, steps: range) -> tuple[list[Tensor], list[Tensor]]:
@@ -191,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
                 "seed": seed,
                 "inner stationarity": found.receipt.stationarity,
                 "finite differences": differences(problem, found.gradient, params, seed, 1 if options.quick else 3),
-                "loop": relative(found.gradient, looped.gradient),
+                "loop": relative_difference(found.gradient, looped.gradient),
                 "largest error over bound": largest(
                     float(((error - floor).clamp(min=0) / bound).max())
                     for error, bound in zip(errors, bounds, strict=True)

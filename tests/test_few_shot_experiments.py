@@ -46,6 +46,7 @@ def test_it_runs_and_leaves_scores_pictures_and_a_report(name, tmp_path, request
     summary, folder = trained(tmp_path, name)
     found = summary["evaluation"]
     assert summary["num_steps"] == 3 and len(found["each"]) == 3 and found["inner_steps"][0] == 0
+    assert summary["validation"]["num_tasks"] == 2 or name.endswith("sinusoid")
     assert summary["baseline"]["rows"][0][0].startswith(("nearest", "mean"))
     shown = {file.stem for file in (folder / "figures").glob("*.png")}
     assert {"losses", "adaptation"} <= shown and shown & {"task_0", "tasks"}
@@ -66,7 +67,7 @@ def test_the_method_of_implicit_maml_is_one_word_on_the_command_line(method, tmp
     "words",
     [
         ["data.way=3"],
-        ["data.split=random"],
+        ["data.split=random", "data.rotated_parts=[train,validation,test]"],
         ["data.shot=2"],
         ["problem.learned=per_layer"],
         ["problem.strengths={head:0.1}"],

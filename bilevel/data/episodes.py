@@ -63,8 +63,8 @@ class ClassEpisodes(TaskSource):
         way: classes in a task.
         shot: support examples of a class.
         num_query: query examples of a class.
-        rotations: whether each training class is also three more, turned by 90, 180 and 270 degrees. A task may hold a class
-            in two of its turns.
+        rotated_parts: parts in which each class is also three more, turned by 90, 180 and 270 degrees. A task may hold a
+            class in two of its turns.
         shift: pixels by which each training image is moved at most, in both directions; what comes in is zero.
 
     Raises:
@@ -86,13 +86,17 @@ class ClassEpisodes(TaskSource):
         way: int = 5,
         shot: int = 1,
         num_query: int = 15,
-        rotations: bool = True,
+        rotated_parts: Sequence[str] = ("train",),
         shift: int = 0,
     ) -> None:
         """Check that tasks can be drawn."""
-        _check_images(images, rotations)
+        if isinstance(rotated_parts, str) or not isinstance(rotated_parts, Sequence):
+            raise UsageError(f"rotated_parts was expected to be a list of parts, but is {rotated_parts!r}.")
+        for part in (*classes, *rotated_parts):
+            self.check_part(part)
+        _check_images(images, rotated_parts)
         self.images, self.way, self.shot, self.num_query = images, way, shot, num_query
-        self.rotations, self.shift = rotations, shift
+        self.rotated_parts, self.shift = tuple(rotated_parts), shift
         self.classes = {part: np.array(list(chosen), dtype=np.int64) for part, chosen in classes.items()}
         for name, value in (("way", way), ("shot", shot), ("num_query", num_query)):
             if not isinstance(value, int) or value < (2 if name == "way" else 1):
@@ -106,7 +110,6 @@ class ClassEpisodes(TaskSource):
             )
         _check_disjoint(classes, len(images))
         for part, chosen in self.classes.items():
-            self.check_part(part)
             number = len(chosen) * self._turns(part)
             if number and way > number:
                 raise UsageError(
@@ -124,7 +127,7 @@ class ClassEpisodes(TaskSource):
 
     def _turns(self, part: str) -> int:
         """As how many classes each class of a part counts."""
-        return 4 if self.rotations and part == "train" else 1
+        return 4 if part in self.rotated_parts else 1
 
     def draw(self, part: str, num_tasks: int, *seeds: int) -> Episode:
         """See `TaskSource.draw`; inputs are between 0 and 1, in torch's default dtype."""
@@ -178,15 +181,15 @@ def numpy_dtype() -> str:
     return str(torch.get_default_dtype()).removeprefix("torch.")
 
 
-def _check_images(images: Tensor, rotations: bool) -> None:
+def _check_images(images: Tensor, rotated_parts: Sequence[str]) -> None:
     if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 5:
         came = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
         raise UsageError(
             f"images were expected to be a tensor of bytes (torch.uint8), (classes, examples, H, W, C), but came as {came}."
         )
-    if rotations and images.shape[2] != images.shape[3]:
+    if rotated_parts and images.shape[2] != images.shape[3]:
         raise UsageError(
-            f"rotations need square images, but these have {images.shape[2]} x {images.shape[3]} pixels: rotations=False."
+            f"rotations need square images, but these have {images.shape[2]} x {images.shape[3]} pixels: rotated_parts=[]."
         )
 
 

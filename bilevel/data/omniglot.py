@@ -8,6 +8,7 @@ import os
 import warnings
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ ARCHIVES = {
     "images_evaluation.zip": "6b91aef0f799c5bb55b94e3f2daec811",
 }
 SIDE = 28
-NUM_CLASSES, NUM_BACKGROUND, NUM_DRAWERS = 1623, 964, 20
+NUM_CLASSES, NUM_BACKGROUND = 1623, 964
 NUM_TRAINING = 1200  # of the random split
 
 
@@ -44,7 +45,8 @@ class Omniglot(ClassEpisodes):
         way: characters in a task.
         shot: support images of a character.
         num_query: query images of a character.
-        rotations: whether each training character is also three more, turned by 90, 180 and 270 degrees.
+        rotated_parts: parts (`train`, `validation`, `test`) in which each character is also three more, turned by 90, 180 and
+            270 degrees; the papers on MAML and implicit MAML turn all.
         shift: pixels by which each training image is moved at most.
         num_validation: training characters that are kept for validation; the last ones of the official split.
         split_seed: of the random split.
@@ -61,14 +63,14 @@ class Omniglot(ClassEpisodes):
         way: int = 5,
         shot: int = 1,
         num_query: int = 15,
-        rotations: bool = True,
+        rotated_parts: Sequence[str] = ("train",),
         shift: int = 0,
         num_validation: int = 50,
         split_seed: int = 0,
     ) -> None:
         """Load and split."""
         classes = _split(split, num_validation, split_seed)
-        super().__init__(load_omniglot(root), classes, way, shot, num_query, rotations, shift)
+        super().__init__(load_omniglot(root), classes, way, shot, num_query, rotated_parts, shift)
 
 
 def load_omniglot(root: str | Path | None = None) -> Tensor:
@@ -82,19 +84,32 @@ def load_omniglot(root: str | Path | None = None) -> Tensor:
     """
     folder = data_root(root)
     path = folder / FILE
-    if not path.is_file():
-        for name, md5 in ARCHIVES.items():
+    images = _read(path) if path.is_file() else _convert(folder)
+    found = _sha256(images)
+    if found != SHA256:
+        warnings.warn(
+            f"the images of {path}, made from the official archives, are not those of the documented figures (SHA-256 "
+            f"{found[:12]}... instead of {SHA256[:12]}...): another version of Pillow may round otherwise. They are used "
+            "as they are.",
+            stacklevel=2,
+        )
+    return torch.from_numpy(images).unsqueeze(-1)
+
+
+def _convert(folder: Path) -> np.ndarray:
+    """The official archives as one array, kept in the folder."""
+    for name, md5 in ARCHIVES.items():
+        try:
             fetch(f"{ADDRESS}/{name}", folder / name, md5)
-        images = np.concatenate([read_archive(folder / name) for name in ARCHIVES])
-        found = _sha256(images)
-        if found != SHA256:
-            warnings.warn(
-                f"the images made from the official archives are not those of the documented figures (SHA-256 {found[:12]}... "
-                f"instead of {SHA256[:12]}...): another version of Pillow may round otherwise. They are used as they are.",
-                stacklevel=2,
-            )
-        _save(path, images)
-        return torch.from_numpy(images).unsqueeze(-1)
+        except UsageError as error:
+            raise UsageError(f"{FILE} is not in {folder}, and it cannot be made: {error}") from error
+    images = np.concatenate([read_archive(folder / name) for name in ARCHIVES])
+    _save(folder / FILE, images)
+    return images
+
+
+def _read(path: Path) -> np.ndarray:
+    """The file's array, which is what its checksum says."""
     try:
         with np.load(path, allow_pickle=False) as content:
             images, expected = content["images"], str(content["sha256"]) if "sha256" in content else SHA256
@@ -107,7 +122,7 @@ def load_omniglot(root: str | Path | None = None) -> Tensor:
         raise UsageError(
             f"{path} is damaged: the SHA-256 of its images is {found[:12]}... instead of {expected[:12]}...: {_REMEDY}"
         )
-    return torch.from_numpy(images).unsqueeze(-1)
+    return images
 
 
 # What NumPy and zipfile raise on bytes that are not what they were; TypeError where they are one array and not an archive.
