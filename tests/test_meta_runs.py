@@ -10,6 +10,7 @@ import torch
 from few_shot import ADAM, EXACT, OneTask, Quadratics, characters, conv, images, start_of
 
 from bilevel import hypergradient_at
+from bilevel.cli.job import minimised
 from bilevel.data import ClassEpisodes, Sinusoid
 from bilevel.errors import UsageError
 from bilevel.hypergradient import Implicit, Unrolled
@@ -171,6 +172,12 @@ def test_the_callback_records_validation_and_leaves_tables_and_pictures(tmp_path
     assert ["metrics.validation_mse" in record for record in keep.records] == [False, True, False, True]
     assert not any("metrics.validation_diverged" in record for record in keep.records)
     summary = json.loads((tmp_path / "summary.json").read_text())
+    left = load_file(tmp_path / "hparams_last.safetensors")  # after the last update, which no record has seen
+    validated = evaluate(sinusoids(), SOLVER, left, part="validation", num_tasks=5)
+    assert summary["validation"]["mean"] == validated.final.value != keep.records[-1]["metrics.validation_mse"]
+    assert (
+        minimised(summary) == summary["validation"]["mean"]
+    )  # what a sweep goes by: not a loss of other tasks each step
     figures = summary["evaluation"]
     assert figures["inner_steps"] == [0, 1, 2, 5] and len(figures["each"]) == figures["num_tasks"] == 6
     assert figures["num_steps"] == 2 and figures["mean"][2] == pytest.approx(sum(figures["each"]) / 6)

@@ -119,6 +119,9 @@ def test_a_resumed_run_goes_on_to_more_steps_and_refuses_other_changes(tmp_path)
     status, said = Command(words_of({"resume": directory, "outer_optimizer.lr": 0.1}), tmp_path / "refused").wait()
     assert status == 2 and "outer_optimizer.lr" in said and "Traceback" not in said
     assert finished({"resume": directory, "trainer.num_steps": 6}, output) == directory
+    scheduled = finished({**settings, "outer_scheduler": "cosine", "output_dir": tmp_path / "scheduled"}, output)
+    status, said = Command(words_of({"resume": scheduled, "trainer.num_steps": 6}), tmp_path / "refused").wait()
+    assert status == 2 and "ends with its last step (outer_scheduler.T_max was 4 and is now 6)" in said
     longer = finished({**settings, "trainer.num_steps": 6, "output_dir": tmp_path / "longer"}, output)
     drop = {"num_steps"}
     ours, theirs = ([{k: v for k, v in r.items() if k not in drop} for r in records(d)] for d in (directory, longer))

@@ -66,7 +66,7 @@ def run_job(config: DictConfig) -> float:
         config: the composed configuration, without Hydra's own.
 
     Returns:
-        The best outer loss, which sweepers minimise.
+        What sweepers minimise, see `minimised`.
 
     Raises:
         UsageError: something in the configuration is wrong.
@@ -94,10 +94,34 @@ def run_job(config: DictConfig) -> float:
         raise
     _write_report(directory.path)
     print(f"summary: {directory.path / 'summary.json'}", flush=True)
-    best = (summary.get("best") or {}).get("outer_loss")
-    if best is None:
+    value = minimised(summary)
+    if value is None:
         raise Fruitless(f"no hypergradient was applied in {directory.path}: {summary.get('stopped_because')}.")
-    return float(best)
+    return value
+
+
+def minimised(summary: Mapping[str, Any]) -> float | None:
+    """The figure by which runs of a sweep compare, the smaller the better.
+
+    Outer losses of tasks drawn anew in each step do not compare: there it is the score of the validation tasks.
+
+    Args:
+        summary: of the run.
+
+    Returns:
+        The validation score, negated where a higher one is better, or the best outer loss; None where nothing was applied.
+
+    Example:
+        >>> minimised({"best": {"outer_loss": 0.25}})
+        0.25
+        >>> minimised({"best": {"outer_loss": 0.25}, "validation": {"mean": 0.9, "higher_is_better": True}})
+        -0.9
+    """
+    best = (summary.get("best") or {}).get("outer_loss")
+    validation = summary.get("validation")
+    if best is None or validation is None:
+        return None if best is None else float(best)
+    return -float(validation["mean"]) if validation["higher_is_better"] else float(validation["mean"])
 
 
 def run_trainer(parts: Parts, config: Mapping[str, Any], directory: Path, *, resume: bool) -> Mapping[str, Any]:

@@ -63,6 +63,16 @@ def check_unchanged(record: Record, config: Mapping[str, Any], folder: str) -> N
         for key in sorted(before.keys() | now.keys())
         if not _MAY_CHANGE.fullmatch(key) and not _same(before.get(key, _ABSENT), now.get(key, _ABSENT))
     ]
+    num_steps = now.get("trainer.num_steps")
+    if (
+        changed
+        and num_steps != before.get("trainer.num_steps")
+        and all(one.startswith("outer_scheduler.") for one in changed)
+    ):
+        raise UsageError(
+            f"{folder} has a schedule of learning rates that ends with its last step ({'; '.join(changed)}), and cannot go on "
+            f"to more steps or end with fewer: start a new run with trainer.num_steps={num_steps}."
+        )
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UsageError(

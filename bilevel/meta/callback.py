@@ -23,7 +23,8 @@ class FewShotEvaluation(Callback):
     """Scores tasks that were not trained on, and keeps what the report shows of them.
 
     Records get `metrics.validation_SCORE` and its 95 % interval, and `metrics.validation_diverged` where inner solves diverged;
-    the summary gets `evaluation` (the score after each number of inner steps) and a table beside the floor.
+    the summary gets `validation` (by which settings can be compared: nothing should be chosen by test tasks), `evaluation` (the
+    score of test tasks after each number of inner steps) and a table beside the floor.
 
     Args:
         num_tasks: test tasks at the end of the run; always the same ones for a `seed`.
@@ -78,25 +79,37 @@ class FewShotEvaluation(Callback):
         """Add the validation score to some records."""
         if self.every is None or not self.has_validation or (record["step"] + 1) % self.every:
             return
-        found = evaluate(
-            self.problem, self.solver, hparams, part="validation", num_tasks=self.num_validation_tasks, seed=self.seed
-        )
+        found = self._validated(hparams)
         record[f"metrics.validation_{self.score}"] = found.final.value
         record[f"metrics.validation_{self.score}_half_width"] = found.final.half_width
         if found.num_diverged:
             record["metrics.validation_diverged"] = found.num_diverged
 
     def on_end(self, summary: dict[str, Any]) -> None:
-        """Score the test tasks with the last hyperparameters; not where a run was cut short, which will go on."""
+        """Score validation and test tasks with the last hyperparameters; not where a run was cut short, which will go on."""
         if summary["num_steps"] == 0 or not summary["finished"]:
             return
         started = time.perf_counter()
         hparams = self.run.latest()
+        if self.has_validation:
+            final = self._validated(hparams).final
+            summary["validation"] = {
+                "score": self.score,
+                "higher_is_better": few_shot(self.problem).objective.higher_is_better,
+                "num_tasks": self.num_validation_tasks,
+                "mean": final.value,
+                "half_width": final.half_width,
+            }
         found = evaluate(self.problem, self.solver, hparams, num_tasks=self.num_tasks, seed=self.seed, steps=self.steps)
         summary["evaluation"] = self._figures(found, time.perf_counter() - started)
         summary["baseline"] = self._table(found)
         if self.run.directory is not None and self.num_pictures:
             save_file(self._pictures(hparams), Path(self.run.directory) / PICTURES)
+
+    def _validated(self, hparams: dict[str, Tensor]) -> Adaptation:
+        return evaluate(
+            self.problem, self.solver, hparams, part="validation", num_tasks=self.num_validation_tasks, seed=self.seed
+        )
 
     def _figures(self, found: Adaptation, seconds: float) -> dict[str, Any]:
         curve = [Mean.of(scores) for scores in found.scores]
