@@ -18,11 +18,17 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-@pytest.fixture(
-    scope="module", params=["operators", "hypergradient", "memory", "meta_gradient", "meta_memory", "meta_step"]
-)
+QUICK = [  # not meta_accuracy: a dozen processes; what it shares with meta_omniglot is tested there
+    *("operators", "hypergradient", "memory", "meta_gradient", "meta_memory", "meta_step", "meta_sinusoid"),
+    "meta_omniglot",
+]
+
+
+@pytest.fixture(scope="module", params=QUICK)
 def quick(request, tmp_path_factory):
     """Name, output and JSON content of one benchmark, run as a user does; it leaves the committed results alone."""
+    if request.param == "meta_omniglot":
+        request.getfixturevalue("omniglot_root")
     before = {path: path.read_bytes() for path in RESULTS.iterdir()}
     file = tmp_path_factory.mktemp("benchmarks") / "new" / f"{request.param}.json"
     command = [sys.executable, "-m", f"benchmarks.{request.param}", "--quick", "--json", str(file)]
@@ -39,8 +45,10 @@ ROWS = {
     "meta_gradient": {"seed", "inner stationarity", "finite differences", "loop", "largest error over bound"},
     "meta_memory": {"method", "inner steps", "MB above baseline", "baseline MB", "seconds"},
     "meta_step": {"meta-step", "seconds", "over ours"},
+    "meta_sinusoid": {"experiment", "seed"},
+    "meta_omniglot": {"run", "accuracy", "95 %", "floor", "outer steps", "minutes"},
 }
-MAY_VANISH = {"seed", "difference", "loop", "largest error over bound"}
+MAY_VANISH = {"seed", "95 %", "difference", "loop", "largest error over bound"}
 
 
 def test_quick_measures_everything_and_judges_nothing(quick):

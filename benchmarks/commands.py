@@ -1,0 +1,63 @@
+"""Runs of `python -m experiments.train` for benchmarks: kept in a folder, and gone on with where a benchmark was cut short."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.kept import fingerprint
+
+Keys = Mapping[str, object]
+# Changes of a few-shot experiment for a run whose scores nobody reads, and for one that takes seconds.
+UNSCORED: Keys = {f"callbacks.evaluation.{key}": value for key, value in (("num_tasks", 2), ("every", "null"))}
+QUICK: Keys = {**UNSCORED, "threads": 1, "problem.num_tasks": 2, "model.num_filters": 8, "data.num_query": 1}
+
+
+def kept(folder: Path) -> Path:
+    """The same folder's part for runs of the present code."""
+    return folder / fingerprint([])[:8]
+
+
+def begun(where: Path) -> list[Path]:
+    """The folders of runs below a folder, oldest first."""
+    return [path.parent for path in sorted(where.glob("*/*/config.yaml"))]
+
+
+def finished(where: Path) -> dict[str, Any] | None:
+    """The summary of the run below a folder, after its evaluation; one that was cut short goes on first. None without a run."""
+    runs = begun(where)
+    if not runs:
+        return None
+    if not (runs[-1] / "summary.json").exists() or "evaluation" not in _read(runs[-1]):
+        train({"resume": runs[-1]})
+    return _read(runs[-1])
+
+
+def train(keys: Keys) -> None:
+    """The command, with these keys.
+
+    Raises:
+        RuntimeError: it failed; what it said is in the message.
+    """
+    words = [f"{key}={value}" for key, value in keys.items()]
+    command = [sys.executable, "-m", "experiments.train", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)} failed:\n{done.stderr}")
+
+
+def each(summary: dict[str, Any]) -> Tensor:
+    """Scores of the test tasks of a few-shot run, `(T,)`."""
+    return torch.tensor(summary["evaluation"]["each"], dtype=torch.float64)
+
+
+def _read(run: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    return summary

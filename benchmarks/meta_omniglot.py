@@ -1,0 +1,87 @@
+"""Few-shot experiments on Omniglot as shipped: accuracy of 1,000 test tasks, the floor, and the minutes that each took.
+
+    python -m benchmarks.meta_omniglot                                  imaml_omniglot alone, half an hour on two cores
+    python -m benchmarks.meta_omniglot --runs imaml 20-way r2d2         some of them, one after the other; `all` takes hours
+
+Each is the command that stands in its row. Runs are kept in a folder: a benchmark that was cut short goes on where it was, and
+rows of the same code made earlier stand in the table too. `fresh` is `imaml` with a seed and with test tasks that no choice of
+a setting has seen. Minutes are those of training and evaluation; starting Python and drawing the report take half of one more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks.commands import QUICK, Keys, each, finished, kept, train
+from benchmarks.common import Claim, Row, finish, parse, table
+from benchmarks.kept import fingerprint
+from bilevel.meta import Mean
+
+LONGER: Keys = {"trainer.num_steps": 8000, "outer_optimizer.lr": 0.001}
+RUNS: dict[str, Keys] = {
+    "imaml": {"experiment": "imaml_omniglot"},
+    "fresh": {"experiment": "imaml_omniglot", "seed": 11, "callbacks.evaluation.seed": 11},
+    "20-way": {"experiment": "imaml_omniglot", "data.way": 20, "solver.learning_rate": 0.015},
+    "longer": {"experiment": "imaml_omniglot", **LONGER},
+    "random": {"experiment": "imaml_omniglot", "data.split": "random", **LONGER},
+    **{
+        name: {"experiment": f"{name}_omniglot"}
+        for name in ("imaml_newton", "fomaml", "reptile", "maml", "anil", "meta_sgd", "r2d2")
+    },
+}
+
+
+def row_of(keys: Keys, summary: dict[str, Any]) -> Row:
+    """What a run came to."""
+    score = Mean.of(each(summary))
+    return {
+        "run": " ".join(f"{key}={value}" for key, value in keys.items()),
+        "accuracy": score.value,
+        "95 %": score.half_width,
+        "floor": summary["evaluation"]["floor"],
+        "outer steps": summary["num_steps"],
+        "minutes": (summary["wall_seconds"] + summary["evaluation"]["seconds"]) / 60,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train what was asked for, and tell."""
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument("--runs", nargs="+", choices=[*RUNS, "all"], default=["imaml"], help="(default: imaml)")
+    own.add_argument(
+        "--folder", type=Path, default=Path("outputs/meta_omniglot"), help="where the runs are, or will be"
+    )
+    options = parse(str(__doc__).splitlines()[0], argv, device=False, parents=[own])
+    wanted = list(RUNS) if "all" in options.runs else options.runs
+    small: Keys = {**QUICK, "trainer.num_steps": 2} if options.quick else {}
+    found: dict[str, dict[str, Any]] = {}
+    with TemporaryDirectory() as scratch:
+        folder = kept(Path(scratch) if options.quick else options.folder)
+        for name, keys in RUNS.items():
+            where = folder / name
+            if name in wanted and finished(where) is None:
+                train({**keys, **small, "tracking": "none", "output_dir": where})
+            if where.exists() and (summary := finished(where)) is not None:
+                found[name] = summary
+                print(f"{name}: {Mean.of(each(summary))}", flush=True)
+    rows: list[Row] = [row_of(RUNS[name], summary) for name, summary in found.items()]
+    print(table(rows))
+    made = {name: row for name, row in zip(found, rows, strict=True)}
+    claims = [
+        claim
+        for name in ("imaml", "fresh")
+        if name in made
+        for claim in (
+            Claim(f"accuracy of {name}", made[name]["accuracy"], 0.96, at_least=True),
+            Claim(f"minutes of {name}", made[name]["minutes"], 30.0),
+        )
+    ]
+    return finish(options, rows, claims, {"code": fingerprint([])})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
