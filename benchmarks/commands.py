@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,33 @@ def begun(where: Path) -> list[Path]:
     return [path.parent for path in sorted(where.glob("*/*/config.yaml"))]
 
 
-def finished(where: Path) -> dict[str, Any] | None:
-    """The summary of the run below a folder, after its evaluation; one that was cut short goes on first. None without a run."""
-    runs = begun(where)
-    if not runs:
-        return None
-    if not (runs[-1] / "summary.json").exists() or "evaluation" not in _read(runs[-1]):
-        train({"resume": runs[-1]})
-    return _read(runs[-1])
+def summary_of(where: Path) -> dict[str, Any] | None:
+    """The summary of the run below a folder; None where there is none that came to its evaluation."""
+    for file in where.glob("*/*/summary.json"):
+        summary: dict[str, Any] = json.loads(file.read_text())
+        if "evaluation" in summary:
+            return summary
+    return None
+
+
+def completed(where: Path, keys: Callable[[], Keys]) -> dict[str, Any]:
+    """The same; a run that was cut short goes on first, and one is made where there is none.
+
+    Args:
+        where: the folder of one run.
+        keys: of a new run; asked for where one is made.
+
+    Raises:
+        RuntimeError: the command failed, or left no evaluation.
+    """
+    summary = summary_of(where)
+    if summary is None:
+        runs = begun(where)
+        train({"resume": runs[-1]} if runs else {**keys(), "output_dir": where})
+        summary = summary_of(where)
+    if summary is None:
+        raise RuntimeError(f"the run below {where} ended without an evaluation.")
+    return summary
 
 
 def train(keys: Keys) -> None:
@@ -56,8 +75,3 @@ def train(keys: Keys) -> None:
 def each(summary: dict[str, Any]) -> Tensor:
     """Scores of the test tasks of a few-shot run, `(T,)`."""
     return torch.tensor(summary["evaluation"]["each"], dtype=torch.float64)
-
-
-def _read(run: Path) -> dict[str, Any]:
-    summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
-    return summary

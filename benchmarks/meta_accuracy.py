@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from benchmarks.commands import QUICK, UNSCORED, Keys, begun, each, finished, kept, train
+from benchmarks.commands import QUICK, UNSCORED, Keys, begun, completed, each, kept, train
 from benchmarks.common import Claim, Row, finish, parse, table
 from benchmarks.kept import fingerprint
 from bilevel.meta import Mean
@@ -34,19 +34,19 @@ PILOT = 40  # outer steps
 def trained(experiment: str, seed: int, seconds: float, folder: Path, keys: Keys) -> tuple[dict[str, Any], int]:
     """The summary of a run and the outer steps that it was to have."""
     where = kept(folder) / f"{experiment}_{seed}_{seconds:g}s"
-    summary = finished(where)
-    if summary is None:
-        with TemporaryDirectory() as scratch:
-            chosen: Keys = {"experiment": experiment, "tracking": "none", **keys}
-            train({**chosen, **UNSCORED, "output_dir": scratch, "trainer.num_steps": PILOT})
-            lines = (begun(Path(scratch))[-1] / "metrics.jsonl").read_text().splitlines()
-        each_step = statistics.median(record["seconds"] for record in map(json.loads, lines) if "step" in record)
-        budget: Keys = {"trainer.max_seconds": seconds, "trainer.num_steps": int(seconds / each_step)}
-        train({**chosen, **budget, "output_dir": where, "seed": seed})
-        summary = finished(where)
-        assert summary is not None
+    chosen: Keys = {"experiment": experiment, "tracking": "none", **keys}
+    summary = completed(where, lambda: {**chosen, **budget(chosen, seconds), "seed": seed})
     print(f"{experiment}, seed {seed}: {Mean.of(each(summary))} after {summary['num_steps']} outer steps", flush=True)
     return summary, OmegaConf.load(begun(where)[-1] / "config.yaml").trainer.num_steps
+
+
+def budget(keys: Keys, seconds: float) -> Keys:
+    """As many outer steps as a pilot says that fit."""
+    with TemporaryDirectory() as scratch:
+        train({**keys, **UNSCORED, "output_dir": scratch, "trainer.num_steps": PILOT})
+        lines = (begun(Path(scratch))[-1] / "metrics.jsonl").read_text().splitlines()
+    each_step = statistics.median(record["seconds"] for record in map(json.loads, lines) if "step" in record)
+    return {"trainer.max_seconds": seconds, "trainer.num_steps": int(seconds / each_step)}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.commands import QUICK, Keys, each, finished, kept, train
+from benchmarks.commands import QUICK, Keys, completed, each, kept, summary_of
 from benchmarks.common import Claim, Row, finish, parse, table
 from benchmarks.kept import fingerprint
 from bilevel.meta import Mean
@@ -62,10 +63,9 @@ def main(argv: list[str] | None = None) -> int:
     with TemporaryDirectory() as scratch:
         folder = kept(Path(scratch) if options.quick else options.folder)
         for name, keys in RUNS.items():
-            where = folder / name
-            if name in wanted and finished(where) is None:
-                train({**keys, **small, "tracking": "none", "output_dir": where})
-            if where.exists() and (summary := finished(where)) is not None:
+            new: Keys = {**keys, **small, "tracking": "none"}
+            summary = completed(folder / name, partial(dict, new)) if name in wanted else summary_of(folder / name)
+            if summary is not None:
                 found[name] = summary
                 print(f"{name}: {Mean.of(each(summary))}", flush=True)
     rows: list[Row] = [row_of(RUNS[name], summary) for name, summary in found.items()]

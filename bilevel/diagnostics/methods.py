@@ -129,7 +129,7 @@ def _recordable(subject: Subject) -> InnerSolver:
     """The configured inner solver if its steps can be recorded, else gradient descent at the inverse largest curvature."""
     if subject.solver.differentiable:
         return subject.solver
-    curvature = float(subject.accurate[1].curvature_max.abs().max())
+    curvature = float(subject.exact_solve[1].curvature_max.abs().max())
     return GradientDescent(learning_rate=1.0 / curvature) if 0 < curvature < math.inf else GradientDescent()
 
 

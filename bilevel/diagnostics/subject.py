@@ -138,10 +138,10 @@ class Subject:
     @cached_property
     def exact(self) -> Tensor:
         """The hypergradient at the refined solution by an accurate linear solve, ravelled in natural units."""
-        return self.accurate[0]
+        return self.exact_solve[0]
 
     @cached_property
-    def accurate(self) -> tuple[Tensor, Solution]:
+    def exact_solve(self) -> tuple[Tensor, Solution]:
         """The hypergradient at the refined solution, and its linear solve."""
         return self.hypergradient(self.at_refined)
 

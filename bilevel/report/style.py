@@ -18,6 +18,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 __all__ = ["DARK", "LIGHT", "Plate", "Theme", "blank", "draw", "draw_in", "is_log_worthy", "log_axis"]
 
 WIDTH = 7.6  # inches: the text width of the page at 100 CSS pixels an inch
@@ -147,9 +148,6 @@ def power_of_ten(value: float) -> str:
     return f"{value:g}" if -3 < exponent < 4 else "10" + str(exponent).translate(_RAISED)
 
 
-_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-
 def _settings(theme: Theme) -> dict[str, Any]:
     return {
         **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), theme.paper),
@@ -162,5 +160,5 @@ def _settings(theme: Theme) -> dict[str, Any]:
         **{"axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "grid.linewidth": 0.7},
         **{"axes.titlesize": 8.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 7},
         **{"font.family": "DejaVu Sans", "font.size": 8, "lines.linewidth": 1.7, "lines.solid_capstyle": "round"},
-        **{"axes.formatter.useoffset": False, "axes.formatter.limits": (-3, 5), "axes.formatter.use_mathtext": False},
+        **{"axes.formatter.useoffset": False, "axes.formatter.limits": (-3, 5)},
     }
