@@ -136,8 +136,8 @@ def test_statistics_from_patches_are_those_of_the_outputs(monkeypatch, shared):
     if shared:
         params = {name: value[0].detach().requires_grad_() for name, value in params.items()}
     results = []
-    for few in (layers.FEW, 0):
-        monkeypatch.setattr(layers, "FEW", few)
+    for few in (layers.SMALL_PATCH, 0):
+        monkeypatch.setattr(layers, "SMALL_PATCH", few)
         y = normalised_convolution(params, "a", x, stride=2, padding=1)
         first = grad(y.pow(3).sum(), list(params.values()), create_graph=True)
         second = grad(sum(one.square().sum() for one in first), list(params.values()))
@@ -268,7 +268,7 @@ def test_patches_and_their_transpose_are_adjoint():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_grouped_convolutions_leave_tasks_side_by_side_and_so_do_the_operations_between_them(dtype, monkeypatch):
     monkeypatch.setattr(convolution, "groups_are_fast", lambda like: True)
-    monkeypatch.setattr(convolution, "FEW", 0)
+    monkeypatch.setattr(convolution, "FEW_PLACES", 0)
     shapes = [(3, 2, 7, 6, 2), (3, 4, 3, 3, 2), (3, 4), (3, 4)]
     x, w, gain, bias = (
         draw(*shape, seed=seed).detach().to(dtype).requires_grad_() for seed, shape in enumerate(shapes)

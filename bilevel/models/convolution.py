@@ -27,7 +27,7 @@ from bilevel.models.geometry import Geometry
 
 # Places of a task's kernels up to which its weights take oneDNN longer to rearrange than it saves. Measured on Zen 4: with 20
 # places a convolution and its derivatives take a third less as products of matrices, with 80 a half more.
-FEW = 32
+FEW_PLACES = 32
 
 
 def convolve(inputs: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
@@ -74,7 +74,7 @@ def groups_are_fast(like: Tensor) -> bool:
 def _implementation(images: Tensor, geometry: Geometry) -> ModuleType:
     """The module that computes convolutions of tasks like these, `(T, N, ...)`."""
     rows, columns = geometry.places
-    many = len(images) > 0 and images.shape[1] * rows * columns > FEW
+    many = len(images) > 0 and images.shape[1] * rows * columns > FEW_PLACES
     return grouped if many and groups_are_fast(images) else patches
 
 

@@ -15,7 +15,7 @@ from bilevel.models.patches import unfold
 
 EPS = 1e-5
 MANY = 36_000  # pixels of a task's images, from which on it is faster by itself on a CPU
-FEW = 16  # numbers in a patch, up to which statistics of outputs are worked out from those of the patches
+SMALL_PATCH = 16  # numbers in a patch, up to which statistics of outputs are worked out from those of the patches
 
 
 def identity(x: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def normalised_convolution(
     if inputs.ndim == weight.ndim == 4:  # one task
         outputs = channels_first(convolve(inputs, weight, stride, padding))
         return channels_last(activation(torch.batch_norm(outputs, gain, bias, None, None, True, 0.0, eps, False)))
-    if weight.shape[-1] * weight.shape[-2] ** 2 > FEW:
+    if weight.shape[-1] * weight.shape[-2] ** 2 > SMALL_PATCH:
         outputs = convolve(inputs, weight, stride, padding)
         return activation(normalise(outputs.flatten(-4, -2), gain, bias, eps)).view(outputs.shape)
     geometry = Geometry(weight.shape[-2], stride, padding, *inputs.shape[-3:-1])
