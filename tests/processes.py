@@ -11,7 +11,11 @@ from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["bilevel.cli.train", "bilevel.cli.job", "bilevel.meta", "bilevel.problems", "bilevel.report", "sklearn.datasets"]
+    [
+        *("bilevel.cli.train", "bilevel.cli.job", "bilevel.meta", "bilevel.problems", "bilevel.report.html"),
+        *("hydra._internal.hydra", "sklearn.datasets", "sklearn.linear_model", "sklearn.model_selection"),
+        "torch._dynamo",  # which torch's optimizers import when the first one is made: seconds
+    ]
 )
 
 

@@ -39,6 +39,7 @@ class Composer:
         assert hydra is not None, "a Composer lives inside `with composer(...)`"
         self._hydra = hydra
         self._searchpath = [] if extra is None else [f"file://{extra}"]
+        self._composed: dict[tuple[str, ...], DictConfig] = {}
 
     @property
     def loader(self) -> ConfigLoader:
@@ -55,7 +56,7 @@ class Composer:
         return self.loader.get_group_options(group, ObjectType.CONFIG, CONFIG_NAME, self._with_searchpath([]))
 
     def compose(self, overrides: Sequence[str] = ()) -> DictConfig:
-        """The composed configuration, with Hydra's own under `hydra`.
+        """The composed configuration, with Hydra's own under `hydra`; the same words give the same object.
 
         Groups that nothing chooses are left out rather than refused; their choice reads `???`.
 
@@ -63,9 +64,15 @@ class Composer:
             HydraException: the overrides do not fit conf/.
             OmegaConfBaseException: a value does not fit its place.
         """
+        words = tuple(self._with_searchpath(overrides))
+        if words not in self._composed:
+            self._composed[words] = self._compose(words)
+        return self._composed[words]
+
+    def _compose(self, words: Sequence[str]) -> DictConfig:
         config = self._hydra.compose_config(
             config_name=CONFIG_NAME,
-            overrides=self._with_searchpath(overrides),
+            overrides=list(words),
             run_mode=RunMode.MULTIRUN,  # this mode forgives groups without a choice
             from_shell=False,
             validate_sweep_overrides=False,
