@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 
 from benchmarks.common import Row
 from bilevel.errors import UsageError
@@ -80,8 +81,21 @@ def fingerprint(sources: Sequence[Path]) -> str:
     """Of everything that a run depends on: the library, the configuration, these files and torch's version."""
     library = (path for path in ROOT.glob("bilevel/**/*.py") if path.relative_to(ROOT).parts[1] not in NO_PART)
     parts = [torch.__version__, *(meaning(path.read_text()) for path in sorted([*library, *sources]))]
-    parts += [path.read_text() for path in sorted(ROOT.glob("conf/**/*.yaml"))]
+    parts += [settings(path.read_text()) for path in sorted(ROOT.glob("conf/**/*.yaml"))]
     return sha256("\0".join(parts).encode()).hexdigest()
+
+
+def settings(text: str) -> str:
+    r"""What a configuration file sets: its package and its keys, without its other comments.
+
+    Example:
+        >>> settings("# @package _global_\na: 1  # a comment") == settings("# @package _global_\n# another\na: 1")
+        True
+        >>> settings("a: 1") == settings("a: 2")
+        False
+    """
+    packages = [line for line in text.splitlines() if line.startswith("# @package")]
+    return "\n".join([*packages, repr(OmegaConf.to_container(OmegaConf.create(text)))])
 
 
 def meaning(source: str) -> str:
