@@ -23,8 +23,8 @@ from bilevel.meta import Mean
 
 RUNS: dict[str, Keys] = {
     "imaml": {"experiment": "imaml_omniglot"},
-    "fresh": {"experiment": "imaml_omniglot", "seed": 11, "callbacks.evaluation.seed": 11},
-    "20-way": {"experiment": "imaml_omniglot", "data.way": 20, "solver.learning_rate": 0.015},
+    "fresh": {"experiment": "imaml_omniglot", "seed": 21, "callbacks.evaluation.seed": 21},
+    "20-way": {"experiment": "imaml_omniglot", "data.way": 20, "data.num_query": 5, "solver.learning_rate": 0.015},
     "random": {"experiment": "imaml_omniglot", "data.split": "random"},
     **{
         name: {"experiment": f"{name}_omniglot"}

@@ -159,7 +159,7 @@ def _settings(theme: Theme) -> dict[str, Any]:
         **dict.fromkeys(("ytick.major.size", "ytick.minor.size", "xtick.major.size"), 0.0),
         **{"axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "grid.linewidth": 0.7},
         **{"axes.titlesize": 8.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 7},
-        **{"axes.titley": 1.0},  # where it would be; looking for ticks above the axes takes a seventh of the drawing
+        **{"axes.titley": 1.0},  # where it would be, without a search for ticks above the axes at each drawing
         **{"font.family": "DejaVu Sans", "font.size": 8, "lines.linewidth": 1.7, "lines.solid_capstyle": "round"},
         **{"axes.formatter.useoffset": False, "axes.formatter.limits": (-3, 5)},
     }
