@@ -16,11 +16,20 @@ from bilevel.diagnostics import Flaw, Verdict
 from bilevel.diagnostics.curvature import spectrum
 from bilevel.diagnostics.finding import Limits
 from bilevel.diagnostics.resolved import Measured, discrepancy
-from bilevel.diagnostics.subject import Subject
+from bilevel.diagnostics.subject import Subject, solve
 from bilevel.errors import UsageError
 from bilevel.hypergradient import AdaptiveAccuracy, ForwardMode, Implicit, OneStep, Unrolled
 from bilevel.hypergradient.unconverged import Raise as StopUnconverged
-from bilevel.linalg import GMRES, MINRES, BiCGStab, ConjugateGradient, DenseCholesky, DenseLU, IdentitySolver
+from bilevel.linalg import (
+    GMRES,
+    MINRES,
+    BiCGStab,
+    ConjugateGradient,
+    DenseCholesky,
+    DenseLU,
+    IdentitySolver,
+    MatrixOperator,
+)
 from bilevel.meta import ProximalFewShot, Regression, RidgeFewShot
 from bilevel.models import MLP
 from bilevel.solvers import (
@@ -383,7 +392,7 @@ def test_extreme_eigenvalues_that_overflow_are_a_finding_and_no_traceback(monkey
         def inner_loss(self, params, hparams, batch):
             return 1e160 * super().inner_loss(params, hparams, batch)
 
-    monkeypatch.setattr("bilevel.diagnostics.curvature.DENSE_LIMIT", 2)
+    monkeypatch.setattr("bilevel.diagnostics.subject.MATRIX_LIMIT", 2)
     found = check(Huge(), solver=SOLVED, hypergradient=CG).found
     assert "extreme eigenvalues" in found[Flaw.nonfinite]
 
@@ -435,7 +444,8 @@ LOGSPACED = torch.logspace(-3, 0, 900, dtype=torch.float64)
         (0.0, Flaw.singular_hessian),
     ],
 )
-def test_curvature_of_problems_too_large_for_a_matrix(least, flaw, seed):
+def test_curvature_of_problems_too_large_for_a_matrix(least, flaw, seed, monkeypatch):
+    monkeypatch.setattr("bilevel.diagnostics.subject.MATRIX_LIMIT", 800)
     curvatures = LOGSPACED.clone()
     curvatures[7] = least
     row = spectrum(subject(Diagonal(curvatures), seed), Limits(0.01))
@@ -447,7 +457,8 @@ def test_curvature_of_problems_too_large_for_a_matrix(least, flaw, seed):
         assert "condition 1e+05" in row.figure
 
 
-def test_singular_values_of_problems_too_large_for_a_matrix():
+def test_singular_values_of_problems_too_large_for_a_matrix(monkeypatch):
+    monkeypatch.setattr("bilevel.diagnostics.subject.MATRIX_LIMIT", 800)
     curvatures = torch.linspace(0.1, 1, 900, dtype=torch.float64)
     curvatures[7] = 1e-4
     matrix = curvatures.unsqueeze(1) * (torch.eye(900) + 0.3 * torch.eye(900).roll(1, 1))
@@ -458,9 +469,32 @@ def test_singular_values_of_problems_too_large_for_a_matrix():
 
 
 def test_a_condition_that_no_solve_has_confirmed_is_a_lower_bound(monkeypatch):
+    monkeypatch.setattr("bilevel.diagnostics.subject.MATRIX_LIMIT", 800)
     monkeypatch.setattr("bilevel.diagnostics.subject.MINRES", lambda **kinds: MINRES(rtol=1e-11, max_steps=5))
     row = spectrum(subject(Diagonal(LOGSPACED), 0), Limits(0.01))
     assert "condition at least " in row.figure and row.flaws == ()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("inverse", ["of this matrix", "of one nearby", "of another", "of nothing"])
+def test_an_inverse_saves_work_and_decides_nothing(inverse, transposed):
+    curvatures = torch.linspace(0.1, 1, 900, dtype=torch.float64)
+    identity = torch.eye(900, dtype=torch.float64)
+    matrix = curvatures.unsqueeze(1) * (identity + 0.3 * identity.roll(1, 1))
+    noise = torch.randn(900, 900, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    given = {
+        "of this matrix": torch.linalg.inv(matrix),
+        "of one nearby": torch.linalg.inv(matrix + 1e-4 * noise / 30),
+        "of another": noise,
+        "of nothing": torch.zeros_like(matrix),
+    }[inverse]
+    vector = torch.linspace(-1, 1, 900, dtype=torch.float64)
+    of_coupled = subject(Coupled(curvatures), 0)
+    at = of_coupled.linearise(torch.zeros(900, dtype=torch.float64), of_coupled.hparams)
+    found = solve(at, vector, transposed=transposed, inverse=MatrixOperator(given))
+    wanted = torch.linalg.solve(matrix.mT if transposed else matrix, vector)
+    torch.testing.assert_close(found.value, wanted, rtol=1e-9, atol=1e-9)
+    assert (int(found.num_mv) < 10) == inverse.endswith(("this matrix", "nearby"))
 
 
 def test_a_number_that_is_not_finite_is_no_small_discrepancy():

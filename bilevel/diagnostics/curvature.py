@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from bilevel.diagnostics.finding import TITLES, Flaw, Limits, Row, nonfinite_row
-from bilevel.diagnostics.subject import DENSE_LIMIT, Subject, solve
-from bilevel.linalg import LinearOperator, Tag, as_matrix, lanczos
+from bilevel.diagnostics.subject import Subject, solve
+from bilevel.linalg import LinearOperator, Tag, lanczos
 from bilevel.linearisation import Linearisation
 from bilevel.result import Result
 
@@ -20,9 +20,8 @@ INVERSE_ERROR = 1e-6  # of the inverse's eigenvalues: far above what accurate so
 def spectrum(subject: Subject, limits: Limits) -> Row:
     """Extreme eigenvalues of the Hessian, or singular values of the Jacobian: definiteness and conditioning."""
     operator = subject.at_refined.operator
-    n, is_hessian = operator.shape[0], Tag.symmetric in operator.tags
-    if n <= DENSE_LIMIT:
-        matrix = as_matrix(operator)
+    matrix, is_hessian = subject.matrix, Tag.symmetric in operator.tags
+    if matrix is not None:
         if not bool(matrix.isfinite().all()):  # the eigensolver would raise
             return nonfinite_row("spectrum", ["the matrix of products with unit vectors is not finite at the solution"])
         values = torch.linalg.eigvalsh((matrix + matrix.mT) / 2) if is_hessian else torch.linalg.svdvals(matrix)

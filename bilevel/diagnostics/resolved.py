@@ -124,7 +124,7 @@ def _difference(
     for sign in (1, -1):
         with torch.no_grad():
             hparams = {name: value.detach() for name, value in natural(flat + sign * step * direction).items()}
-        params = subject.refine(subject.refined, hparams)
+        params = subject.resolved(hparams)
         with torch.no_grad():
             values.append(float(subject.flat.outer_loss(params, hparams, subject.batches.outer).mean()))
     return (values[0] - values[1]) / (2 * step)

@@ -21,15 +21,17 @@ from bilevel.hypergradient import HypergradientMethod
 from bilevel.hypergradient.method import solve_inner
 from bilevel.hypergradient.outer import outer_gradients
 from bilevel.hypergradient.trial import first_look, given_hparams
-from bilevel.linalg import GMRES, MINRES, DenseLU, Tag
+from bilevel.linalg import GMRES, MINRES, DenseLU, LinearOperator, MatrixOperator, Tag, as_matrix
 from bilevel.linearisation import Linearisation, linearise
 from bilevel.problem import Problem
-from bilevel.result import Solution
+from bilevel.result import Result, Solution
 from bilevel.rng import generator, normal
 from bilevel.solvers import LBFGS, InnerResult, InnerSolution, InnerSolver, Objective, run
 from bilevel.tree import Layout, TensorDict
 
-DENSE_LIMIT = 800  # parameters up to which the inner Hessian is built as a matrix
+DENSE_LIMIT = 800  # parameters up to which a solve builds the inner Hessian as a matrix of its own
+MATRIX_LIMIT = 3000  # the same for the one matrix of the refined solution, which serves all solves near it
+NEAR_STEPS = 50  # of a solve with that matrix's inverse, which takes two or three where the point is near indeed
 MAX_NEWTON = 30
 # Of the linear solves of Newton's steps: each then takes four digits, and none is paid for that the next step would take away.
 NEWTON_RTOL = 1e-4
@@ -136,6 +138,20 @@ class Subject:
         return self.linearise(self.refined, self.hparams)
 
     @cached_property
+    def matrix(self) -> Tensor | None:
+        """`∂F/∂x` there as a matrix, where it is not too large."""
+        operator = self.at_refined.operator
+        return as_matrix(operator) if operator.shape[0] <= MATRIX_LIMIT else None
+
+    @cached_property
+    def inverse(self) -> LinearOperator | None:
+        """The inverse of that matrix, where it has one."""
+        if self.matrix is None or not bool(self.matrix.isfinite().all()):
+            return None
+        inverse, info = torch.linalg.inv_ex(self.matrix)
+        return None if bool((info > 0).any()) or not bool(inverse.isfinite().all()) else MatrixOperator(inverse)
+
+    @cached_property
     def exact(self) -> Tensor:
         """The hypergradient at the refined solution by an accurate linear solve, ravelled in natural units."""
         return self.exact_solve[0]
@@ -170,7 +186,7 @@ class Subject:
         found = []
         for at in (self.at_refined, self.linearise(x + step, self.hparams)):
             _, by_params, direct = outer_gradients(self.flat, at.params, self.hparams, self.batches)
-            mixed = at.mixed(solve(self.at_refined, by_params, transposed=True).value)
+            mixed = at.mixed(solve(self.at_refined, by_params, transposed=True, inverse=self.inverse).value)
             found += [self.layout.ravel(direct), self.layout.ravel(mixed)]
         return [one for one in found if bool(one.isfinite().all())]  # a loss may be undefined beside its solution
 
@@ -201,12 +217,16 @@ class Subject:
         mixed = at.mixed(solution.value)
         return self.layout.ravel({name: direct[name] - mixed[name] for name in direct}), solution
 
-    def refine(self, params: Tensor, hparams: Mapping[str, Tensor]) -> Tensor:
+    def resolved(self, hparams: Mapping[str, Tensor]) -> Tensor:
+        """The solution at hyperparameters beside those given, on the branch of the refined one."""
+        return self.refine(self.refined, hparams, self.inverse)
+
+    def refine(self, params: Tensor, hparams: Mapping[str, Tensor], inverse: LinearOperator | None = None) -> Tensor:
         """The root of the optimality that is nearest in Newton's sense: follows the branch, be it a saddle."""
         x, at = params, self.linearise(params, hparams)
         for _ in range(MAX_NEWTON):
             size = at.stationarity
-            step = solve(at, at.optimality.detach(), rtol=NEWTON_RTOL).value
+            step = solve(at, at.optimality.detach(), rtol=NEWTON_RTOL, inverse=inverse).value
             moved = False
             for halving in range(30):
                 trial = self.linearise(x - step / 2**halving, hparams)
@@ -221,8 +241,30 @@ class Subject:
         return x
 
 
-def solve(at: Linearisation, vector: Tensor, *, transposed: bool = False, rtol: float = ACCURATE) -> Solution:
-    """A solve with `∂F/∂x` (or its transpose) to a relative residual, direct where the matrix is small."""
+def solve(
+    at: Linearisation,
+    vector: Tensor,
+    *,
+    transposed: bool = False,
+    rtol: float = ACCURATE,
+    inverse: LinearOperator | None = None,
+) -> Solution:
+    """A solve with `∂F/∂x` (or its transpose) to a relative residual, direct where the matrix is small.
+
+    Args:
+        at: the point.
+        vector: the right-hand side.
+        transposed: whether to solve with the transpose.
+        rtol: relative residual.
+        inverse: of `∂F/∂x` at a point near this one. It saves work and decides nothing: the residual is that at the point, and
+            where the tolerance is not met in a few steps the solve is made without.
+    """
+    if inverse is not None:
+        near = GMRES(rtol=rtol, max_steps=NEAR_STEPS, restart=NEAR_STEPS)
+        operator, inverse = (at.operator.transpose(), inverse.transpose()) if transposed else (at.operator, inverse)
+        found = near.compute(near.init(operator), vector, preconditioner=inverse)
+        if bool((found.result == Result.converged.code).all()):
+            return found
     symmetric = Tag.symmetric in at.operator.tags
     solver: Any  # each kind has a state of its own
     if at.operator.shape[0] <= DENSE_LIMIT:
