@@ -65,7 +65,7 @@ def problem_of(
     seed: int, num_filters: int, num_tasks: int, num_query: int, kind: type[Conv4] = Conv4
 ) -> ProximalFewShot:
     """Implicit MAML in float64."""
-    source = ClassEpisodes(images(1 + num_query, seed), {"train": range(10)}, WAY, 1, num_query, rotated_parts=())
+    source = ClassEpisodes(images(1 + num_query, seed), {"train": range(10)}, WAY, 1, num_query)
     network = kind(WAY, num_filters, activation="softplus")
     return ProximalFewShot(source, network, num_tasks=num_tasks, strength=STRENGTH, seed=seed).to(dtype=torch.float64)
 

@@ -56,7 +56,7 @@ WAY, QUERY, TASKS, INNER, PRODUCTS, FILTERS, LAYERS = 5, 15, 16, 16, 5, 64, 4
 def tasks(num_query: int) -> ClassEpisodes:
     """Noise in the shape of Omniglot."""
     images = torch.randint(0, 256, (20, 1 + num_query, 28, 28, 1), dtype=torch.uint8)
-    return ClassEpisodes(images, {"train": range(20)}, way=WAY, num_query=num_query, rotated_parts=())
+    return ClassEpisodes(images, {"train": range(20)}, way=WAY, num_query=num_query)
 
 
 def library(

@@ -202,7 +202,9 @@ class FlatProblem:
             return value
 
         with torch.no_grad():  # under the name of inner_loss, as flat_outputs, to meet its random numbers
-            shape = self._tasks(shaped, "inner_loss", "inner_batches", batch)(params, hparams).shape[self.num_batch :]
+            shape = self.over_tasks(shaped, "inner_loss", "inner_batches", batch)(params, hparams).shape[
+                self.num_batch :
+            ]
 
         def flat_outputs(x: Tensor, h: Mapping[str, Tensor], data: Any) -> Tensor:
             return shaped(x, h, data).flatten()
@@ -212,8 +214,8 @@ class FlatProblem:
             return value.mean()
 
         return Model(
-            outputs=self._tasks(flat_outputs, "inner_loss", "inner_batches", batch),
-            output_loss=self._tasks(mean_loss, "output_loss", "inner_batches", batch),
+            outputs=self.over_tasks(flat_outputs, "inner_loss", "inner_batches", batch),
+            output_loss=self.over_tasks(mean_loss, "output_loss", "inner_batches", batch),
             penalty=self._penalty(batch),
         )
 
@@ -222,7 +224,9 @@ class FlatProblem:
         penalty = getattr(self.problem, "penalty", None)
         own: Batched | None = None
         if penalty is not None:
-            own = self._tasks(lambda x, h, data: penalty(self.layout.unravel(x), h), "penalty", "inner_batches", batch)
+            own = self.over_tasks(
+                lambda x, h, data: penalty(self.layout.unravel(x), h), "penalty", "inner_batches", batch
+            )
         if not hasattr(self.problem, "anchor"):
             return own
         rest = own or (lambda x, hparams: x.new_zeros(x.shape[:-1]))
@@ -244,12 +248,23 @@ class FlatProblem:
                 )
             return value
 
-        return self._tasks(single, name, source, batch)
+        return self.over_tasks(single, name, source, batch)
 
-    def _tasks(
+    def over_tasks(
         self, single: Callable[[Tensor, Mapping[str, Tensor], Any], Tensor], name: str, source: str, batch: Any
     ) -> Batched:
-        """A function of one task, applied to all of them with their parts of the batch; one fixed function in a solve."""
+        """A function of one task, applied to all of them with their parts of the batch; one fixed function in a solve.
+
+        Args:
+            single: of a task's params `(n,)`, hyperparameters and part of the batch; of all tasks at once where the problem
+                handles them.
+            name: of the user's function in it.
+            source: of the batch, for messages.
+            batch: of all tasks.
+
+        Raises:
+            UsageError: the batch is not that of so many tasks.
+        """
         frozen = self.purity.freeze(single, name)
         if self.problem.num_tasks is None:
             return lambda x, hparams: frozen(x, hparams, batch)

@@ -27,7 +27,9 @@ def images(num_classes=10, side=8, seed=0):
 
 
 def characters(way=3, **sizes):
-    return ClassEpisodes(images(), {"train": range(6), "test": range(7, 10)}, way=way, num_query=2, **sizes)
+    return ClassEpisodes(
+        images(), {"train": range(6), "test": range(7, 10)}, way=way, num_query=2, rotated_parts=["train"], **sizes
+    )
 
 
 def conv(way=3, activation="softplus"):

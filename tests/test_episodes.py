@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import http.client
 import io
 import socket
 import threading
@@ -39,7 +40,7 @@ PARTS = {"train": range(7), "validation": range(7, 9), "test": range(9, 12)}
 @settings(deadline=None, max_examples=40)
 @given(st.integers(2, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), st.integers(0, 2**32))
 def test_a_task_has_its_classes_and_disjoint_sets(way, shot, num_query, num_tasks, seed):
-    tasks = ClassEpisodes(marked(), {"train": range(7), "test": range(7, 12)}, way, shot, num_query, rotated_parts=())
+    tasks = ClassEpisodes(marked(), {"train": range(7), "test": range(7, 12)}, way, shot, num_query)
     for part, classes in (("train", range(7)), ("test", range(7, 12))):
         episode = tasks.draw(part, num_tasks, seed)
         assert episode.support.inputs.shape == (num_tasks, way * shot, 4, 4, 1)
@@ -67,7 +68,7 @@ def test_a_draw_is_a_function_of_its_numbers():
 
 
 def test_classes_and_examples_are_drawn_evenly():
-    tasks = ClassEpisodes(marked(), {"train": range(12)}, way=3, shot=1, num_query=1, rotated_parts=())
+    tasks = ClassEpisodes(marked(), {"train": range(12)}, way=3, shot=1, num_query=1)
     episode = tasks.draw("train", 4000, 0)
     for row_column, number in (((1, 1), 12), ((1, 2), 6)):
         counts = pixels(episode.support.inputs, *row_column).flatten().bincount(minlength=number)
@@ -92,7 +93,7 @@ def test_rotations_are_classes_of_their_own_in_the_parts_named(rotated, still):
         turns |= set(turn.flatten().tolist())
         assert bool((tasks.draw(still, 4, seed).query.inputs[..., 0, 0, 0] == 1).all())
     assert turns == {0, 1, 2, 3}
-    many = ClassEpisodes(images, {"train": range(7)}, way=20, num_query=2)
+    many = ClassEpisodes(images, {"train": range(7)}, way=20, num_query=2, rotated_parts=["train"])
     assert many.draw("train", 2, 0).support.inputs.shape[1] == 20
 
 
@@ -100,7 +101,7 @@ def test_rotations_are_classes_of_their_own_in_the_parts_named(rotated, still):
 def test_training_images_are_moved_each_by_its_own_and_others_are_not(largest):
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(1, 256, (12, 6, 5, 6, 2), generator=draw, dtype=torch.uint8)
-    still, moving = (ClassEpisodes(images, PARTS, 2, 1, 2, rotated_parts=(), shift=shift) for shift in (0, largest))
+    still, moving = (ClassEpisodes(images, PARTS, 2, 1, 2, shift=shift) for shift in (0, largest))
     assert torch.equal(still.draw("test", 4, 0).query.inputs, moving.draw("test", 4, 0).query.inputs)
     seen = set()
     for seed in range(30):
@@ -123,17 +124,26 @@ MISTAKES = [
     (dict(images=marked().double()), r"a tensor of bytes .* but came as torch.float64 \(12, 6, 4, 4, 1\)"),
     (dict(images=marked()[..., 0]), r"\(classes, examples, H, W, C\), but came as torch.uint8 \(12, 6, 4, 4\)"),
     (dict(images=marked().numpy()), "a tensor of bytes .* but came as a ndarray"),
-    (dict(images=marked()[:, :, :3]), "rotations need square images, but these have 3 x 4 pixels"),
+    (
+        dict(images=marked()[:, :, :3], rotated_parts=["train"]),
+        "rotations need square images, but these have 3 x 4 pixels",
+    ),
     (dict(classes={"train": range(5), "test": range(9, 13)}), "class 12 of the test part is not among .* 12 classes"),
     (dict(classes={"train": [0, 1, 1]}), "a class is in the train part twice"),
     (dict(shift=4), "shift was expected to be from 0 to 3 pixels, below the images' side, but is 4"),
     (dict(shift=0.5), "shift was expected to be from 0 to 3 pixels, below the images' side, but is 0.5"),
-    (dict(way=29), r"a task of 29 classes \(way\) cannot be drawn from the train part, which has 28: lower way"),
     (
-        dict(way=8, rotated_parts=()),
+        dict(way=29, rotated_parts=["train"]),
+        r"a task of 29 classes \(way\) cannot be drawn from the train part, which has 28: lower way",
+    ),
+    (
+        dict(way=8),
         "a task of 8 classes \\(way\\) cannot be drawn from the train part, which has 7: lower way",
     ),
-    (dict(way=3), "a task of 3 classes \\(way\\) cannot be drawn from the validation part, which has 2"),
+    (
+        dict(way=3),
+        "a task of 3 classes \\(way\\) cannot be drawn from the validation part, which has 2: .* more classes, or none",
+    ),
     (
         dict(shot=4, num_query=3),
         "a task needs 4 \\+ 3 examples of a class .* but each class has 6: lower one of the two",
@@ -278,6 +288,25 @@ class TestData:
             monkeypatch.setattr(omniglot, "ADDRESS", f"http://127.0.0.1:{silent.getsockname()[1]}")
             with pytest.raises(UsageError, match=r"cannot be downloaded from http.* \(timed out\): put the file there"):
                 load_omniglot(tmp_path / "none")
+        assert not list(tmp_path.iterdir())
+
+    def test_an_archive_that_may_not_be_read_is_told(self, monkeypatch, tmp_path):
+        def forbidden(path):
+            raise PermissionError(13, "Permission denied")
+
+        (tmp_path / "images_background.zip").write_bytes(b"what is in it does not matter")
+        monkeypatch.setattr(root, "_md5", forbidden)
+        with pytest.raises(UsageError, match=r"background.zip cannot be read \(.*Permission denied\): give yourself"):
+            load_omniglot(tmp_path)
+
+    def test_a_download_that_breaks_off_is_told(self, monkeypatch, tmp_path):
+        class Broken(io.BytesIO):
+            def read(self, *size):
+                raise http.client.IncompleteRead(b"half", 4)
+
+        monkeypatch.setattr(root.urllib.request, "urlopen", lambda address, timeout: Broken())
+        with pytest.raises(UsageError, match=r"cannot be downloaded from .* \(IncompleteRead.*\): put the file there"):
+            load_omniglot(tmp_path)
         assert not list(tmp_path.iterdir())
 
     def test_a_missing_file_says_how_to_get_it(self, monkeypatch, tmp_path):

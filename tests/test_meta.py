@@ -105,6 +105,7 @@ def resolved(problem, hparams, solver):
 
 SOLVED = {
     "iMAML": (lambda: proximal(), NewtonCG(atol=1e-11, max_steps=100)),
+    "iMAML, one strength": (lambda: proximal(learned="shared"), NewtonCG(atol=1e-11, max_steps=100)),
     "iMAML, a strength for each pattern": (
         lambda: proximal(strength=11.0, strengths={"head": 6.0}, learned=None),
         NewtonCG(atol=1e-11, max_steps=100),

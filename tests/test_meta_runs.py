@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -49,7 +50,11 @@ MISTAKES = [
     ),
     (
         lambda: ProximalFewShot(characters(), conv(), strengths={"head": "much"}),
-        "strength of the proximal term was expected to be above 0, but is 'much'",
+        "strength of the proximal term was expected to be above 0 and finite, but is 'much'",
+    ),
+    (
+        lambda: ProximalFewShot(characters(), conv(), strength=math.inf),
+        "strength of the proximal term was expected to be above 0 and finite, but is inf",
     ),
     (
         lambda: ProximalFewShot(characters(), conv(), strengths={"haed": 1.0}),
@@ -57,7 +62,7 @@ MISTAKES = [
     ),
     (
         lambda: ProximalFewShot(characters(), conv(), strengths={"head": 1.0}, learned="shared"),
-        r"learned strength 'strength' were expected to start with the same, but have \[1.0, 2.0\]",
+        r"learned strength 'strength' were expected to start with the same, but have \[1.0, 2.0\].*problem.strengths=null",
     ),
     (
         lambda: ProximalFewShot(characters(), conv(), strengths={"head": 1.0, "head.bias": 2.0}),
@@ -77,14 +82,28 @@ MISTAKES = [
     ),
     (lambda: RidgeFewShot(characters(), conv(), scale="x"), "RidgeFewShot needs scale > 0, a number, but got 'x'"),
     (
-        lambda: HeadFewShot(characters(), ModuleNetwork(torch.nn.Linear(2, 3))).init_hparams(),
+        lambda: HeadFewShot(characters(), ModuleNetwork(torch.nn.Linear(2, 3))),
         "HeadFewShot needs a network of features and a head",
     ),
     (
         lambda: FewShot(characters(), ModuleNetwork(torch.nn.Linear(2, 3)), zero_head=True),
         "FewShot with zero_head needs a network of features and a head .* or leave zero_head out",
     ),
+    (lambda: LearnedRateFewShot(characters(), conv(), rate="x"), "rate, where all .* to be a number, but is 'x'"),
+    (lambda: LearnedRateFewShot(characters(), conv(), rate=math.nan), "expected to be a number, but is nan"),
     (lambda: FewShotEvaluation(num_tasks=0), "FewShotEvaluation needs num_tasks >= 1"),
+    (
+        lambda: evaluate(FewShot(characters(), conv(), num_tasks=2), SOLVER, num_tasks=0),
+        r"evaluate needs num_tasks of at least 1 and steps of at least 0, but got 0 and \[\]",
+    ),
+    (
+        lambda: evaluate(FewShot(characters(), conv(), num_tasks=2), SOLVER, steps=[1, -1]),
+        r"steps of at least 0, but got 1000 and \[1, -1\]",
+    ),
+    (
+        lambda: evaluate(FewShot(characters(), conv(), num_tasks=2), SOLVER, {"start": torch.ones(2)}),
+        r"hparams were expected to be \['init.conv0.bias', .*, but are \['start'\]",
+    ),
 ]
 
 
@@ -267,7 +286,7 @@ def test_a_wrong_evaluation_is_refused_before_the_run(arguments, sentence):
 
 
 def test_tasks_without_a_test_part_are_refused_before_the_run():
-    tasks = ClassEpisodes(images(), {"train": range(10)}, way=3, num_query=2)
+    tasks = ClassEpisodes(images(), {"train": range(10)}, way=3, num_query=2, rotated_parts=["train"])
     problem = FewShot(tasks, conv(), num_tasks=2).to(dtype=torch.float64)
     with pytest.raises(UsageError, match="no classes for the test part of these tasks: give them some, or leave the"):
         fit(problem, num_steps=1, callbacks=[FewShotEvaluation()], hypergradient=Unrolled(), solver=SOLVER)

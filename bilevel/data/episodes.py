@@ -86,7 +86,7 @@ class ClassEpisodes(TaskSource):
         way: int = 5,
         shot: int = 1,
         num_query: int = 15,
-        rotated_parts: Sequence[str] = ("train",),
+        rotated_parts: Sequence[str] = (),
         shift: int = 0,
     ) -> None:
         """Check that tasks can be drawn."""
@@ -113,7 +113,8 @@ class ClassEpisodes(TaskSource):
             number = len(chosen) * self._turns(part)
             if number and way > number:
                 raise UsageError(
-                    f"a task of {way} classes (way) cannot be drawn from the {part} part, which has {number}: lower way."
+                    f"a task of {way} classes (way) cannot be drawn from the {part} part, which has {number}: lower way, or "
+                    f"give that part more classes{', or none' if part == 'validation' else ''}."
                 )
         if shot + num_query > images.shape[1]:
             raise UsageError(

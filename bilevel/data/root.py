@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
 from bilevel.errors import UsageError
@@ -33,7 +34,12 @@ def fetch(address: str, path: Path, md5: str) -> None:
         UsageError: it cannot be downloaded, or it is not the file that was expected.
     """
     if path.is_file():
-        found = _md5(path)
+        try:
+            found = _md5(path)
+        except OSError as error:
+            raise UsageError(
+                f"{path} cannot be read ({_reason(error)}): give yourself the right to read it."
+            ) from error
         if found != md5:
             raise UsageError(
                 f"{path} is damaged: its MD5 was expected to be {md5}, but is {found}; remove it to have it downloaded again."
@@ -52,7 +58,7 @@ def fetch(address: str, path: Path, md5: str) -> None:
                 f"{path.parent} by hand, or name the folder where it is with data.root=DIR or the variable {VARIABLE}."
             )
         os.replace(partial, path)
-    except OSError as error:  # also what urllib raises
+    except (OSError, HTTPException) as error:  # the former is also what urllib raises
         raise UsageError(
             f"{path.name} is not in {path.parent} and cannot be downloaded from {address} ({_reason(error)}): put the "
             f"file there, or name the folder where it is with data.root=DIR or the variable {VARIABLE}."
@@ -66,5 +72,5 @@ def _md5(path: Path) -> str:
     return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
-def _reason(error: OSError) -> str:
+def _reason(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__

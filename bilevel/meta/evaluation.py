@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from bilevel.batches import take
 from bilevel.data import Episode, Examples
 from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem
-from bilevel.hypergradient.trial import first_look
+from bilevel.hypergradient.trial import first_look, given_hparams
 from bilevel.meta.few_shot import FewShot
 from bilevel.meta.first_order import FirstOrder
 from bilevel.problem import Problem
@@ -81,7 +81,7 @@ class Adaptation:
 def evaluate(
     problem: FewShot | FlatProblem,
     solver: InnerSolver,
-    hparams: Mapping[str, Tensor],
+    hparams: Mapping[str, Any] | None = None,
     *,
     part: str = "test",
     num_tasks: int = 1000,
@@ -97,20 +97,25 @@ def evaluate(
     Args:
         problem: a few-shot problem, or one between vectors.
         solver: adapts, in `max_steps` steps.
-        hparams: natural units.
+        hparams: natural units, nested or with dotted names; None for those that the problem starts with.
         part: of the tasks.
         num_tasks: how many.
         seed: of the tasks.
         steps: numbers of inner steps to score besides 0 and the solver's own, also larger ones.
 
     Raises:
-        UsageError: the problem is no few-shot problem.
+        UsageError: the problem is no few-shot problem, the hyperparameters are not those of the problem, or a number is below
+            what it counts from.
     """
     user = few_shot(problem)
-    flat = problem
+    if num_tasks < 1 or any(step < 0 for step in steps):
+        raise UsageError(
+            f"evaluate needs num_tasks of at least 1 and steps of at least 0, but got {num_tasks} and {list(steps)}."
+        )
+    hparams, flat = given_hparams(user, hparams), problem
     if isinstance(flat, Problem):
-        flat, solver, *_ = first_look(flat, solver, FirstOrder(), dict(hparams))
-    marks = sorted({0, solver.max_steps, *(step for step in steps if step >= 0)})
+        flat, solver, *_ = first_look(flat, solver, FirstOrder(), hparams)
+    marks = sorted({0, solver.max_steps, *steps})
     scores, floors, diverged = [], [], 0
     for group, episode in _groups(flat, part, num_tasks, seed):
         adapted = adapt(group, solver if group is flat else eager(solver), hparams, episode, marks)
@@ -156,7 +161,7 @@ def _solve(
     problem: FlatProblem, solver: InnerSolver, hparams: Mapping[str, Tensor], episode: Episode, marks: Sequence[int]
 ) -> tuple[list[Tensor], bool]:
     """Outputs after each of the numbers of steps, and whether the inner solve has not diverged."""
-    user, objective_of = few_shot(problem), problem.compiled_objective if solver.compile else problem.objective
+    objective_of = problem.compiled_objective if solver.compile else problem.objective
     objective = objective_of(episode.support)
     x, state, made, usable = problem.start(hparams).detach(), None, 0, True
     outputs = []
@@ -164,9 +169,7 @@ def _solve(
         if mark > made and usable:
             solution = run(solver, objective, x, hparams, state=state, max_steps=mark - made)
             x, state, made, usable = solution.params, solution.state, mark, solution.result.usable
-        outputs.append(
-            torch.cat([_predict(user, problem, x, hparams, episode, i) for i in range(0, len(x), _size(user))])
-        )
+        outputs.append(_predict(problem, x, hparams, episode))
     return outputs, usable
 
 
@@ -206,26 +209,11 @@ def _groups(problem: FlatProblem, part: str, num_tasks: int, seed: int) -> Itera
         yield group, fixed_tasks(few_shot(problem), part, numbers, seed)
 
 
-def _size(user: FewShot) -> int:
-    return user.tasks_at_once or user.num_tasks or 1
+def _predict(problem: FlatProblem, params: Tensor, hparams: Mapping[str, Tensor], episode: Episode) -> Tensor:
+    """Outputs of all tasks for their query inputs, of as many at a time as the problem's `tasks_at_once` says."""
 
+    def single(x: Tensor, hparams: Mapping[str, Tensor], task: Episode) -> Tensor:
+        return few_shot(problem).predict(problem.layout.unravel(x), hparams, task.support, task.query.inputs)
 
-def _predict(
-    user: FewShot, problem: FlatProblem, x: Tensor, hparams: Mapping[str, Tensor], episode: Episode, begin: int
-) -> Tensor:
-    """Outputs of some of the tasks."""
-    tasks, predict = slice(begin, begin + _size(user)), problem.purity.freeze(user.predict, "predict")
-    support = Examples(episode.support.inputs[tasks], episode.support.targets[tasks])
-    inputs, params = episode.query.inputs[tasks], problem.layout.unravel(x[tasks])
-    if user.handles_tasks:
-        return predict(params, hparams, support, inputs)
-    each = [
-        predict(
-            {name: value[i] for name, value in params.items()},
-            hparams,
-            Examples(support.inputs[i], support.targets[i]),
-            inputs[i],
-        )
-        for i in range(len(inputs))
-    ]
-    return torch.stack(each)
+    parts = problem.in_parts(params, episode)
+    return torch.cat([part.over_tasks(single, "predict", "episodes", task)(x, hparams) for part, x, task in parts])

@@ -18,9 +18,10 @@ differentiated the hypergradient method's:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -59,6 +60,8 @@ class FewShot(Problem):
     contrastive learner in classification" (the head that starts at zero).
     """
 
+    needs_features: ClassVar[bool] = False  # whether the network has to have a head
+
     def __init__(
         self,
         tasks: TaskSource,
@@ -83,6 +86,8 @@ class FewShot(Problem):
         self.num_tasks, self.tasks_at_once, self.seed = num_tasks, tasks_at_once, seed
         self.handles_tasks = network.handles_tasks
         self.start, self.zero_head = network.init(seed), zero_head
+        if self.needs_features:
+            need_features(self, network)
         if zero_head:
             need_features(self, network, " with zero_head", "leave zero_head out")
         way, outputs = getattr(tasks, "way", None), getattr(network, "num_outputs", None)
@@ -193,10 +198,10 @@ class HeadFewShot(FewShot):
     """
 
     network: FeatureNetwork
+    needs_features = True
 
     def init_hparams(self) -> dict[str, Any]:
         """The body, and the head's starting point."""
-        need_features(self, self.network)
         start = self.learned_start()
         head = {name: value for name, value in start.items() if name in HEAD}
         return {BODY: {name: value for name, value in start.items() if name not in head}, INIT: head}
@@ -219,6 +224,9 @@ class LearnedRateFewShot(FewShot):
         zero_head: let the head of every task start at zero, unlearned; its rates are learned.
         rate: where every learning rate starts; it may become negative, as in the paper.
 
+    Raises:
+        UsageError: the rate is no finite number.
+
     Reference: Li, Zhou, Chen and Li (2017), "Meta-SGD: learning to learn quickly for few-shot learning".
     """
 
@@ -233,7 +241,9 @@ class LearnedRateFewShot(FewShot):
         zero_head: bool = False,
         rate: float = 0.1,
     ) -> None:
-        """Keep the rate."""
+        """Check the rate."""
+        if not (isinstance(rate, int | float) and math.isfinite(rate)):
+            raise UsageError(f"rate, where all learning rates start, was expected to be a number, but is {rate!r}.")
         super().__init__(tasks, network, objective, num_tasks, tasks_at_once, seed, zero_head)
         self.rate = rate
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -27,15 +27,12 @@ class FirstOrder(HypergradientMethod):
 
     One gradient of the outer loss besides the inner solve; biased by what the inner steps make of a change of their start.
 
-    Args:
-        warm_start: not used: each solve begins at `init_params(hparams)`.
-
     Reference: Finn, Abbeel and Levine (2017), "Model-agnostic meta-learning for fast adaptation of deep networks", section 5.2.
     """
 
     paths: ClassVar[frozenset[str]] = frozenset({"direct", "initial"})
 
-    warm_start: bool = False
+    warm_start: bool = field(default=False, init=False)  # each solve begins at `init_params(hparams)`
 
     def compute(
         self,
@@ -62,15 +59,12 @@ class Reptile(HypergradientMethod):
     With gradient descent as the outer optimiser this is the paper's rule, its step size the learning rate. No gradient of the
     outer loss enters, which is evaluated for the record alone.
 
-    Args:
-        warm_start: not used: each solve begins at `init_params(hparams)`.
-
     Reference: Nichol, Achiam and Schulman (2018), "On first-order meta-learning algorithms".
     """
 
     paths: ClassVar[frozenset[str]] = frozenset({"initial"})
 
-    warm_start: bool = False
+    warm_start: bool = field(default=False, init=False)  # each solve begins at `init_params(hparams)`
 
     def compute(
         self,

@@ -11,7 +11,7 @@ from torch import Tensor
 from bilevel.constraints import Constraint, Positive
 from bilevel.data import Examples, TaskSource
 from bilevel.errors import UsageError
-from bilevel.meta.few_shot import BODY, HEAD, FewShot, need_features, under
+from bilevel.meta.few_shot import BODY, HEAD, FewShot, under
 from bilevel.meta.objectives import TaskObjective
 from bilevel.models import FeatureNetwork
 from bilevel.tree import TensorDict
@@ -41,6 +41,7 @@ class RidgeFewShot(FewShot):
 
     constraints: ClassVar[Mapping[str, Constraint]] = {"penalty": Positive(), "scale": Positive()}
     network: FeatureNetwork
+    needs_features = True
 
     def __init__(
         self,
@@ -54,7 +55,6 @@ class RidgeFewShot(FewShot):
         scale: float = 1.0,
     ) -> None:
         """Look at a task for the sizes."""
-        need_features(self, network)
         super().__init__(tasks, network, objective, num_tasks, tasks_at_once, seed)
         for name, value in (("penalty", penalty), ("scale", scale)):
             if not (isinstance(value, int | float) and 0 < value < math.inf):

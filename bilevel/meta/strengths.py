@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
@@ -33,8 +34,10 @@ def strengths_of(patterns: Mapping[str, float], other: float, start: Mapping[str
             "tensors is called strength."
         )
     for value in (*patterns.values(), other):
-        if not (isinstance(value, int | float) and value > 0):
-            raise UsageError(f"the strength of the proximal term was expected to be above 0, but is {value!r}.")
+        if not (isinstance(value, int | float) and 0 < value < math.inf):
+            raise UsageError(
+                f"the strength of the proximal term was expected to be above 0 and finite, but is {value!r}."
+            )
     first = {name: next((pattern for pattern in patterns if _fits(name, pattern)), None) for name in start}
     for pattern in patterns:
         if not any(_fits(name, pattern) for name in start):
@@ -63,7 +66,8 @@ def learned_strengths(learned: str | Groups, strengths: Mapping[str, float], sta
         if len(values) > 1:
             raise UsageError(
                 f"the tensors of the learned strength '{owner}' were expected to start with the same, but have {values}: learn "
-                "more of them (per_layer, per_tensor), or give these tensors one number."
+                "more of them (problem.learned=per_layer or per_tensor), or give these tensors one number "
+                "(problem.strengths=null leaves problem.strength to all)."
             )
     return broadcast
 
