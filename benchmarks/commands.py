@@ -20,8 +20,8 @@ UNSCORED: Keys = {f"callbacks.evaluation.{key}": value for key, value in (("num_
 QUICK: Keys = {**UNSCORED, "threads": 1, "problem.num_tasks": 2, "model.num_filters": 8, "data.num_query": 1}
 
 
-def kept(folder: Path) -> Path:
-    """The same folder's part for runs of the present code."""
+def of_this_code(folder: Path) -> Path:
+    """The folder's part for runs of the present code."""
     return folder / fingerprint([])[:8]
 
 

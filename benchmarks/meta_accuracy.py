@@ -3,10 +3,10 @@
     python -m benchmarks.meta_accuracy --folder outputs/meta_accuracy          (an hour; goes on where it was cut short)
 
 Every run is a process of its own, `python -m experiments.train experiment=NAME seed=S trainer.max_seconds=600`, one after the
-other on all cores, with as many outer steps as a pilot of 40 says that fit (the column `planned`): learning rates fall along a
-cosine, to zero at the last of these. The interval is that of the paired difference: the tasks are the same for all runs, and
-each counts with the mean over the seeds. Differences of single seeds stand beside it, for three seeds say little of the spread
-over seeds.
+other on all cores, with as many outer steps as a pilot of 100 says that fit (the column `planned`; one pilot for all seeds of
+an experiment): learning rates fall along a cosine, to zero at the last of these. The interval is that of the paired difference:
+the tasks are the same for all runs, and each counts with the mean over the seeds. Differences of single seeds stand beside it,
+for three seeds say little of the spread over seeds.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import json
 import statistics
 import sys
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,31 +23,36 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from benchmarks.commands import QUICK, UNSCORED, Keys, begun, completed, each, kept, train
+from benchmarks.commands import QUICK, UNSCORED, Keys, begun, completed, each, of_this_code, train
 from benchmarks.common import Claim, Row, finish, parse, table
 from benchmarks.kept import fingerprint
 from bilevel.meta import Mean
 
 OURS, OTHER = "imaml_omniglot", "fomaml_omniglot"
-PILOT = 40  # outer steps
+PILOT = 100  # outer steps
+SLACK = 0.03  # of a step's time, so that a run comes to the end of its schedule
 
 
 def trained(experiment: str, seed: int, seconds: float, folder: Path, keys: Keys) -> tuple[dict[str, Any], int]:
     """The summary of a run and the outer steps that it was to have."""
-    where = kept(folder) / f"{experiment}_{seed}_{seconds:g}s"
+    where = of_this_code(folder) / f"{experiment}_{seed}_{seconds:g}s"
     chosen: Keys = {"experiment": experiment, "tracking": "none", **keys}
-    summary = completed(where, lambda: {**chosen, **budget(chosen, seconds), "seed": seed})
+    limits = {"trainer.max_seconds": seconds, "seed": seed}
+    summary = completed(
+        where, lambda: {**chosen, **limits, "trainer.num_steps": fitting(tuple(chosen.items()), seconds)}
+    )
     print(f"{experiment}, seed {seed}: {Mean.of(each(summary))} after {summary['num_steps']} outer steps", flush=True)
     return summary, OmegaConf.load(begun(where)[-1] / "config.yaml").trainer.num_steps
 
 
-def budget(keys: Keys, seconds: float) -> Keys:
-    """As many outer steps as a pilot says that fit."""
+@cache
+def fitting(keys: tuple[tuple[str, object], ...], seconds: float) -> int:
+    """As many outer steps as a pilot says that fit, the same for all seeds."""
     with TemporaryDirectory() as scratch:
-        train({**keys, **UNSCORED, "output_dir": scratch, "trainer.num_steps": PILOT})
+        train({**dict(keys), **UNSCORED, "output_dir": scratch, "trainer.num_steps": PILOT})
         lines = (begun(Path(scratch))[-1] / "metrics.jsonl").read_text().splitlines()
-    each_step = statistics.median(record["seconds"] for record in map(json.loads, lines) if "step" in record)
-    return {"trainer.max_seconds": seconds, "trainer.num_steps": int(seconds / each_step)}
+    steps = [record["seconds"] for record in map(json.loads, lines) if "step" in record]
+    return int(seconds / ((1 + SLACK) * statistics.fmean(steps[len(steps) // 10 :])))
 
 
 def main(argv: list[str] | None = None) -> int:

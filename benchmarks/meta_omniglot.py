@@ -2,6 +2,7 @@
 
     python -m benchmarks.meta_omniglot                                  imaml_omniglot alone, half an hour on two cores
     python -m benchmarks.meta_omniglot --runs imaml 20-way r2d2         some of them, one after the other; `all` takes hours
+    python -m benchmarks.meta_omniglot --runs paper --device cuda       the columns of the paper on implicit MAML, its split
 
 Each is the command that stands in its row. Runs are kept in a folder: a benchmark that was cut short goes on where it was, and
 rows of the same code made earlier stand in the table too. `fresh` is `imaml` with a seed and with test tasks that no choice of
@@ -12,11 +13,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.commands import QUICK, Keys, completed, each, kept, summary_of
+from benchmarks.commands import QUICK, Keys, completed, each, of_this_code, summary_of
 from benchmarks.common import Claim, Row, finish, parse, table
 from benchmarks.kept import fingerprint
 from bilevel.meta import Mean
@@ -24,18 +26,29 @@ from bilevel.meta import Mean
 RUNS: dict[str, Keys] = {
     "imaml": {"experiment": "imaml_omniglot"},
     "fresh": {"experiment": "imaml_omniglot", "seed": 21, "callbacks.evaluation.seed": 21},
-    "20-way": {"experiment": "imaml_omniglot", "data.way": 20, "data.num_query": 5, "solver.learning_rate": 0.015},
+    "20-way": {
+        **{"experiment": "imaml_omniglot", "data.way": 20, "data.num_query": 5, "solver.learning_rate": 0.015},
+        **{"outer_optimizer.lr": 1e-3, "callbacks.evaluation.max_steps": 20},
+    },
     "random": {"experiment": "imaml_omniglot", "data.split": "random"},
     **{
         name: {"experiment": f"{name}_omniglot"}
         for name in ("imaml_newton", "fomaml", "reptile", "maml", "anil", "meta_sgd", "r2d2")
     },
 }
-
-
-def trained(where: Path, keys: Keys) -> dict[str, Any]:
-    """The summary of a run, made or gone on with where there is none."""
-    return completed(where, lambda: keys)
+# The protocol of Rajeswaran et al. (2019): characters mixed over alphabets, those of tests turned, too.
+PAPER: dict[str, Keys] = {
+    f"{name}, {way}-way {shot}-shot": {
+        **{"experiment": name, "data.way": way, "data.shot": shot, "data.split": "random"},
+        **{"data.rotated_parts": "[train,validation,test]", **steps[way]},
+    }
+    for name, steps in (
+        ("imaml_omniglot", {5: {}, 20: {"data.num_query": 5, "solver.learning_rate": 0.015}}),
+        ("imaml_newton_omniglot", {5: {}, 20: {}}),
+    )
+    for way in (5, 20)
+    for shot in (1, 5)
+}
 
 
 def row_of(keys: Keys, summary: dict[str, Any]) -> Row:
@@ -54,23 +67,25 @@ def row_of(keys: Keys, summary: dict[str, Any]) -> Row:
 def main(argv: list[str] | None = None) -> int:
     """Train what was asked for, and tell."""
     own = argparse.ArgumentParser(add_help=False)
-    own.add_argument("--runs", nargs="+", choices=[*RUNS, "all"], default=["imaml"], help="(default: imaml)")
+    own.add_argument("--runs", nargs="+", choices=[*RUNS, "all", "paper"], default=["imaml"], help="(default: imaml)")
     own.add_argument(
         "--folder", type=Path, default=Path("outputs/meta_omniglot"), help="where the runs are, or will be"
     )
-    options = parse(str(__doc__).splitlines()[0], argv, device=False, parents=[own])
-    wanted = list(RUNS) if "all" in options.runs else options.runs
+    options = parse(str(__doc__).splitlines()[0], argv, parents=[own])
+    runs = {**RUNS, **(PAPER if "paper" in options.runs else {})}
+    wanted = [*(RUNS if "all" in options.runs else options.runs), *(PAPER if "paper" in options.runs else ())]
     small: Keys = {**QUICK, "trainer.num_steps": 2} if options.quick else {}
     found: dict[str, dict[str, Any]] = {}
     with TemporaryDirectory() as scratch:
-        folder = kept(Path(scratch) if options.quick else options.folder)
-        for name, keys in RUNS.items():
-            new: Keys = {**keys, **small, "tracking": "none"}
-            summary = trained(folder / name, new) if name in wanted else summary_of(folder / name)
+        folder = of_this_code(Path(scratch) if options.quick else options.folder)
+        for name, keys in runs.items():
+            new: Keys = {**keys, **small, "tracking": "none", "device": options.device}
+            where = folder / name
+            summary = completed(where, partial(dict, new)) if name in wanted else summary_of(where)
             if summary is not None:
                 found[name] = summary
                 print(f"{name}: {Mean.of(each(summary))}", flush=True)
-    rows: list[Row] = [row_of(RUNS[name], summary) for name, summary in found.items()]
+    rows: list[Row] = [row_of(runs[name], summary) for name, summary in found.items()]
     print(table(rows))
     made = {name: row for name, row in zip(found, rows, strict=True)}
     claims = [

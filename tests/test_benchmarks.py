@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.common import Claim, finish, interleaved, machine, parse, table
+from benchmarks.common import Claim, experiment_parts, finish, interleaved, machine, parse, table
+from benchmarks.meta_omniglot import PAPER, RUNS
 from benchmarks.tuning import AUTO, CG, FEWER, Mean, Runs, Setting, claims_of, compare, tune
 from bilevel.errors import UsageError
 
@@ -62,6 +63,19 @@ def test_quick_measures_everything_and_judges_nothing(quick):
         assert figures and all(math.isfinite(figure) and figure >= 0 for figure in figures.values()), row
         assert all(figures[key] > 0 for key in figures.keys() - MAY_VANISH), row
         assert all(str(value) in out for value in row.values() if isinstance(value, str)), row
+
+
+@pytest.mark.usefixtures("omniglot_root")
+@pytest.mark.parametrize("name", [*RUNS, *PAPER])
+def test_the_words_of_few_shot_rows_make_runs(name):
+    rest = {**RUNS, **PAPER}[name]
+    parts = experiment_parts(
+        rest["experiment"], *(f"{key}={value}" for key, value in rest.items() if key != "experiment")
+    )
+    tasks = parts.problem.tasks
+    shot = rest.get("data.shot", 5 if name == "reptile" else 1)
+    assert (tasks.way, tasks.shot) == (rest.get("data.way", 5), shot)
+    assert len(tasks.rotated_parts) == (3 if name in PAPER else 1)
 
 
 def test_quick_names_its_machine(quick):

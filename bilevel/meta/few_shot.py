@@ -175,10 +175,12 @@ class ProximalFewShot(FewShot):
 
     def init_hparams(self) -> dict[str, Any]:
         """The starting point, and the strengths that are learned."""
-        learned = {} if self.broadcast is None else self.broadcast.start(1.0, next(iter(self.start.values())))
-        for name, owner in ({} if self.broadcast is None else self.broadcast.owners).items():
+        if self.broadcast is None:
+            return super().init_hparams()
+        learned = self.broadcast.start(1.0, next(iter(self.start.values())))
+        for name, owner in self.broadcast.owners.items():
             learned[owner] = torch.full_like(learned[owner], self.strengths[name])
-        return {INIT: self.learned_start(), **learned}
+        return {**super().init_hparams(), **learned}
 
     def anchor(self, hparams: Tensors) -> tuple[Any, TensorDict]:
         """The strengths and the starting point."""
