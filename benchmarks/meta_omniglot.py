@@ -49,6 +49,7 @@ PAPER: dict[str, Keys] = {
     for way in (5, 20)
     for shot in (1, 5)
 }
+GROUPS = {"all": RUNS, "paper": PAPER}
 
 
 def row_of(keys: Keys, summary: dict[str, Any]) -> Row:
@@ -67,13 +68,13 @@ def row_of(keys: Keys, summary: dict[str, Any]) -> Row:
 def main(argv: list[str] | None = None) -> int:
     """Train what was asked for, and tell."""
     own = argparse.ArgumentParser(add_help=False)
-    own.add_argument("--runs", nargs="+", choices=[*RUNS, "all", "paper"], default=["imaml"], help="(default: imaml)")
+    own.add_argument("--runs", nargs="+", choices=[*RUNS, *GROUPS], default=["imaml"], help="(default: imaml)")
     own.add_argument(
         "--folder", type=Path, default=Path("outputs/meta_omniglot"), help="where the runs are, or will be"
     )
     options = parse(str(__doc__).splitlines()[0], argv, parents=[own])
-    runs = {**RUNS, **(PAPER if "paper" in options.runs else {})}
-    wanted = [*(RUNS if "all" in options.runs else options.runs), *(PAPER if "paper" in options.runs else ())]
+    runs = {**RUNS, **PAPER}
+    wanted = {name for word in options.runs for name in GROUPS.get(word, [word])}
     small: Keys = {**QUICK, "trainer.num_steps": 2} if options.quick else {}
     found: dict[str, dict[str, Any]] = {}
     with TemporaryDirectory() as scratch:
