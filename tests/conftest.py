@@ -22,6 +22,12 @@ def float64():
     torch.set_default_dtype(torch.float64)
 
 
+@pytest.fixture
+def without_report(monkeypatch):
+    """For runs in this process whose report nobody reads: drawing it takes longer than the run."""
+    monkeypatch.setattr("bilevel.report.write_report", lambda directory: None)
+
+
 @pytest.fixture(scope="session")
 def omniglot_root():
     """The data folder, if Omniglot is in it: CI says that it has to be (BILEVEL_REQUIRE_DATA=1)."""

@@ -55,14 +55,14 @@ def test_it_runs_and_leaves_scores_pictures_and_a_report(name, tmp_path, request
     assert validated == [False, True, False]
 
 
-@pytest.mark.usefixtures("omniglot_root")
+@pytest.mark.usefixtures("omniglot_root", "without_report")
 @pytest.mark.parametrize("method", ["first_order", "reptile", "unrolled", "implicit_neumann", "implicit_identity"])
 def test_the_method_of_implicit_maml_is_one_word_on_the_command_line(method, tmp_path):
     summary, _ = trained(tmp_path, "imaml_omniglot", f"hypergradient={method}")
     assert summary["num_steps"] == 3
 
 
-@pytest.mark.usefixtures("omniglot_root")
+@pytest.mark.usefixtures("omniglot_root", "without_report")
 @pytest.mark.parametrize(
     "words",
     [
@@ -78,7 +78,7 @@ def test_the_variants_of_the_documentation_run(words, tmp_path):
     assert summary["num_steps"] == 3
 
 
-@pytest.mark.usefixtures("omniglot_root")
+@pytest.mark.usefixtures("omniglot_root", "without_report")
 def test_another_network_is_one_word(tmp_path):
     words = ["experiment=imaml_omniglot", "model=resnet12", "model.widths=[4,4]", "data.num_query=1"]
     assert main(["train", f"output_dir={tmp_path}", *SMALL, *words]) == 0

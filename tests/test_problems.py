@@ -91,9 +91,9 @@ def test_ten_steps_reach_the_grids_best_from_two_decades_away(factor, seed, grid
     assert result.summary["work"]["inner_gradients"] > 0 and result.summary["work"]["products"] > 0
 
 
+@pytest.mark.usefixtures("without_report")
 def test_the_main_job_prints_the_grid_and_its_own_work(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("bilevel.report.write_report", lambda directory: None)
     words = ["experiment=digits", "tracking=console", "trainer.num_steps=3", "callbacks.grid.num_points=3"]
     assert main(["train", *words, "callbacks.grid.low=1e-4", "callbacks.grid.high=1e-2"]) == 0
     lines = capsys.readouterr().out.splitlines()
