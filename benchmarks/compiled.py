@@ -1,6 +1,6 @@
 """Compiled products beside eager ones: what they save, what compiling costs, and when it has paid off.
 
-    python -m benchmarks.compiled          (JAXopt takes part when it is installed: pip install 'bilevel[peers]')
+    python -m benchmarks.compiled          (JAXopt takes part when it is installed: the extra `peers`)
 
 "setup" is what a new point costs before its first product: the eager graph, or the part of the traced one that does not
 depend on the vector, with the evaluation that guards it. "matrix products alone" is the arithmetic that no way gets

@@ -1,6 +1,6 @@
 """Every hypergradient method on an accelerator beside the CPU: the same numbers, and the time of each.
 
-    python -m benchmarks.devices --device cuda          (one minute)
+    python -m benchmarks.devices --device cuda          (two minutes)
 
 `experiment=digits_mlp`'s network in float64, one hypergradient from its start: products, sketches, factors, compiled
 products, recorded steps. The theorem's methods differentiate at a solution, the others through a fixed number of steps.

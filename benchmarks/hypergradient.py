@@ -1,6 +1,6 @@
 """One hypergradient at equal products, side by side with TorchOpt, higher and JAXopt.
 
-    python -m benchmarks.hypergradient          (peers: pip install 'bilevel[peers]')
+    python -m benchmarks.hypergradient          (peers: the extra `peers`)
 
 The inner solution is given; each library makes 20 steps of conjugate gradient (higher: 20 recorded gradient steps, whose
 backward pass makes 20 products) in float32 on the same tensors, in one process, in rounds. The method is timed whole,

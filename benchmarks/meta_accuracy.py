@@ -15,7 +15,6 @@ import argparse
 import json
 import statistics
 import sys
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,24 +34,37 @@ SLACK = 0.03  # of a step's time, so that a run comes to the end of its schedule
 
 def trained(experiment: str, seed: int, seconds: float, folder: Path, keys: Keys) -> tuple[dict[str, Any], int]:
     """The summary of a run and the outer steps that it was to have."""
-    where = of_this_code(folder) / f"{experiment}_{seed}_{seconds:g}s"
+    kept = of_this_code(folder)
+    where, plan = kept / f"{experiment}_{seed}_{seconds:g}s", kept / f"{experiment}_{seconds:g}s.txt"
     chosen: Keys = {"experiment": experiment, "tracking": "none", **keys}
     limits = {"trainer.max_seconds": seconds, "seed": seed}
-    summary = completed(
-        where, lambda: {**chosen, **limits, "trainer.num_steps": fitting(tuple(chosen.items()), seconds)}
-    )
+    summary = completed(where, lambda: {**chosen, **limits, "trainer.num_steps": fitting(plan, chosen, seconds)})
     print(f"{experiment}, seed {seed}: {Mean.of(each(summary))} after {summary['num_steps']} outer steps", flush=True)
     return summary, OmegaConf.load(begun(where)[-1] / "config.yaml").trainer.num_steps
 
 
-@cache
-def fitting(keys: tuple[tuple[str, object], ...], seconds: float) -> int:
-    """As many outer steps as a pilot says that fit, the same for all seeds."""
-    with TemporaryDirectory() as scratch:
-        train({**dict(keys), **UNSCORED, "output_dir": scratch, "trainer.num_steps": PILOT})
-        lines = (begun(Path(scratch))[-1] / "metrics.jsonl").read_text().splitlines()
-    steps = [record["seconds"] for record in map(json.loads, lines) if "step" in record]
-    return int(seconds / ((1 + SLACK) * statistics.fmean(steps[len(steps) // 10 :])))
+def fitting(plan: Path, keys: Keys, seconds: float) -> int:
+    """As many outer steps as a pilot says that fit; kept in a file, so that they are the same for all seeds."""
+    if not plan.exists():
+        with TemporaryDirectory() as scratch:
+            train({**keys, **UNSCORED, "output_dir": scratch, "trainer.num_steps": PILOT})
+            lines = (begun(Path(scratch))[-1] / "metrics.jsonl").read_text().splitlines()
+        steps = [record["seconds"] for record in map(json.loads, lines) if "step" in record]
+        plan.parent.mkdir(parents=True, exist_ok=True)
+        plan.write_text(str(int(seconds / ((1 + SLACK) * statistics.fmean(steps[len(steps) // 10 :])))))
+    return int(plan.read_text())
+
+
+def differences(ours: list[dict[str, Any]], others: list[dict[str, Any]]) -> tuple[list[Mean], Mean]:
+    """Of the scores, paired by task: of each seed, and of the means over the seeds.
+
+    Raises:
+        RuntimeError: the runs have scored other tasks.
+    """
+    if len({summary["evaluation"]["floor"] for summary in [*ours, *others]}) > 1:
+        raise RuntimeError("the runs have scored other tasks: what learns nothing has got another score in one.")
+    gaps = torch.stack([each(one) - each(other) for one, other in zip(ours, others, strict=True)])  # (S, T)
+    return [Mean.of(gap) for gap in gaps], Mean.of(gaps.mean(0))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,11 +96,9 @@ def main(argv: list[str] | None = None) -> int:
                 "floor": summary["evaluation"]["floor"],
             }
         )
-    gaps = torch.stack([each(runs[OURS, seed][0]) - each(runs[OTHER, seed][0]) for seed in seeds])  # (S, T)
-    by_seed = [Mean.of(gap) for gap in gaps]
+    by_seed, pooled = differences(*([runs[name, seed][0] for seed in seeds] for name in (OURS, OTHER)))
     print(table(rows))
     print(f"\n{OURS} minus {OTHER}, by seed: {', '.join(map(str, by_seed))}")
-    pooled = Mean.of(gaps.mean(0))
     print(f"all seeds, paired by task: {pooled}")
     claims = [
         Claim(

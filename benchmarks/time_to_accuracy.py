@@ -1,6 +1,6 @@
 """Products and seconds until a hypergradient is right to 1e-3, on an ill-conditioned network.
 
-    python -m benchmarks.time_to_accuracy       (ten minutes; peers take part when installed: pip install 'bilevel[peers]')
+    python -m benchmarks.time_to_accuracy       (eight minutes; peers take part when installed: the extra `peers`)
 
 The digits on a 64-64-64-10 network with one weight decay for each of its 8,970 parameters, all exp(-9); the inner problem is
 solved in float64 by L-BFGS with a long history, whose curvature pairs one of the preconditioners uses. The truth is a dense

@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.common import Claim, experiment_parts, finish, interleaved, machine, parse, table
+from benchmarks.meta_accuracy import differences, fitting
 from benchmarks.meta_omniglot import PAPER, RUNS
 from benchmarks.tuning import AUTO, CG, FEWER, Mean, Runs, Setting, claims_of, compare, tune
 from bilevel.errors import UsageError
@@ -19,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-QUICK = [  # not meta_accuracy: a dozen processes; what it shares with meta_omniglot is tested there
+QUICK = [  # not meta_accuracy, which is a dozen processes: its own parts are tested below
     *("operators", "hypergradient", "memory", "meta_gradient", "meta_memory", "meta_step", "meta_sinusoid"),
     "meta_omniglot",
 ]
@@ -63,6 +65,38 @@ def test_quick_measures_everything_and_judges_nothing(quick):
         assert figures and all(math.isfinite(figure) and figure >= 0 for figure in figures.values()), row
         assert all(figures[key] > 0 for key in figures.keys() - MAY_VANISH), row
         assert all(str(value) in out for value in row.values() if isinstance(value, str)), row
+
+
+def scored(*scores, floor=0.5):
+    return {"evaluation": {"each": scores, "floor": floor}}
+
+
+def test_accuracies_are_compared_task_by_task():
+    ours, others = [scored(0.9, 0.8, 0.4), scored(0.7, 0.6, 0.6)], [scored(0.7, 0.6, 0.2), scored(0.8, 0.6, 0.3)]
+    by_seed, pooled = differences(ours, others)
+    assert [one.value for one in by_seed] == pytest.approx([0.2, 0.2 / 3])
+    assert by_seed[0].half_width == pytest.approx(0, abs=1e-12)  # tasks differ by what both runs share
+    gaps = torch.tensor([0.05, 0.1, 0.25], dtype=torch.float64)
+    assert pooled.value == pytest.approx(float(gaps.mean()))
+    assert pooled.half_width == pytest.approx(1.96 * float(gaps.std()) / 3**0.5, rel=1e-3)
+    with pytest.raises(RuntimeError, match="have scored other tasks"):
+        differences(ours, [others[0], scored(0.8, 0.6, 0.3, floor=0.4)])
+
+
+def test_the_pilot_that_sets_the_number_of_steps_is_kept(tmp_path, monkeypatch):
+    piloted = []
+
+    def train(keys):
+        piloted.append(keys["trainer.num_steps"])
+        folder = Path(keys["output_dir"]) / "name" / "day"
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").touch()
+        steps = [{"step": step, "seconds": 50.0 if step == 0 else 0.5} for step in range(10)]
+        (folder / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in [*steps, {"summary": 1}]))
+
+    monkeypatch.setattr("benchmarks.meta_accuracy.train", train)
+    plans = [fitting(tmp_path / "code" / "plan.txt", {"experiment": "a"}, 103.0) for _ in range(2)]
+    assert plans == [200, 200] and piloted == [100]
 
 
 @pytest.mark.usefixtures("omniglot_root")

@@ -11,7 +11,7 @@ from torch.autograd import grad
 from torch.nn.functional import cross_entropy, one_hot
 
 from bilevel import hypergradient_at
-from bilevel.data import Examples, Sinusoid
+from bilevel.data import Examples, Prefetched, Sinusoid
 from bilevel.errors import UsageError
 from bilevel.hypergradient import ForwardMode, Implicit, Unrolled
 from bilevel.hypergradient.negative_curvature import Truncate
@@ -308,7 +308,10 @@ def test_a_head_from_zero_is_not_learned_and_knows_no_order_of_the_classes(kind)
     def relabelled(*arguments):
         return type(plain(*arguments))(*(Examples(one.inputs, (one.targets + 1) % 3) for one in plain(*arguments)))
 
+    targets = problem.episodes(0)[1].query.targets
     problem.tasks.draw = relabelled
+    problem.episodes = Prefetched(problem.episodes.function)  # forgets what it has drawn
+    assert not problem.episodes(0)[1].query.targets.equal(targets)
     again = hypergradient_at(problem, start, method=Unrolled(), solver=solver)
     assert again.outer_loss == pytest.approx(found.outer_loss, rel=1e-10)
 

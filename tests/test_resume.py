@@ -195,14 +195,14 @@ ADAM = functools.partial(torch.optim.Adam, lr=0.3)
 COSINE = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=6)
 
 
-def go(directory, problem=None, callbacks=(), *, resume=False, **trainer):
+def go(directory, problem=None, callbacks=(), *, resume=False, compile=False, **trainer):
     """Run as the command line does: seeded, the records first."""
     rng.seed_everything(3)
     settings = Trainer(**{"num_steps": 5, "checkpoint_every": 2, **trainer})
-    method = Implicit(warm_start_linear=True)
+    solver, method = NewtonCG(compile=compile), Implicit(warm_start_linear=True, compile=compile)
     records = JsonlTracker(directory / "metrics.jsonl")
     return run(
-        problem or Noisy(), NewtonCG(), method, ADAM, settings, directory, scheduler=COSINE,
+        problem or Noisy(), solver, method, ADAM, settings, directory, scheduler=COSINE,
         callbacks=[records, *(callbacks or [Failing()])], resume=resume,
     )  # fmt: skip
 
@@ -246,6 +246,36 @@ def test_what_the_user_wrote_may_fail_in_mid_step(make, tmp_path, uninterrupted)
         assert len(records(tmp_path)) - load_checkpoint(tmp_path / "checkpoints")[1] == len(callbacks)
     go(tmp_path, resume=True)
     assert outcome(tmp_path) == uninterrupted
+
+
+class Curved(Noisy):
+    """Machine code rounds the loss of a network in float32 otherwise than eager operations do."""
+
+    def init_params(self, hparams):
+        return {"w": torch.linspace(-1, 1, 64)}
+
+    def init_hparams(self):
+        return {"penalty": torch.tensor([0.1, 0.2])}
+
+    def inner_loss(self, params, hparams, batch):
+        first, second = params["w"].unflatten(0, (2, 4, 8))
+        hidden = (torch.linspace(-2, 2, 4000).unflatten(0, (1000, 4)).sin() @ first).tanh()
+        return (hidden @ second.mT).exp().mean() + hparams["penalty"].sum() * params["w"].square().sum()
+
+    def outer_loss(self, params, hparams, batch):
+        return (torch.linspace(0, 1, 1000).unsqueeze(1) * params["w"].tanh() - 0.1).square().mean().exp()
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_compiled_run_goes_on_with_the_programs_numbers(step, tmp_path):
+    go(tmp_path / "whole", Curved(), compile=True)
+    go(tmp_path / "eager", Curved())
+    with pytest.raises(RuntimeError, match="fails"):
+        go(tmp_path / "cut", Curved(), [Failing(step)], compile=True)
+    go(tmp_path / "cut", Curved(), resume=True, compile=True)
+    whole, eager, cut = (records(tmp_path / name) for name in ("whole", "eager", "cut"))
+    assert cut == whole != eager
+    assert [record["receipt.fallback"] for record in whole] == [None] * 5
 
 
 class Injector:

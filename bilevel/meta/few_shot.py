@@ -83,7 +83,7 @@ class FewShot(Problem):
                 f"tasks_at_once was expected to be an integer of at least 1, or None, but is {tasks_at_once!r}."
             )
         self.tasks, self.network, self.objective = tasks, network, objective or Classification()
-        self.num_tasks, self.tasks_at_once, self.seed = num_tasks, tasks_at_once, seed
+        self.num_tasks, self.tasks_at_once = num_tasks, tasks_at_once
         self.handles_tasks = network.handles_tasks
         self.start, self.zero_head = network.init(seed), zero_head
         if self.needs_features:

@@ -53,11 +53,11 @@ class ResNet12(FeatureNetwork):
         for block, width in enumerate(self.widths):
             for layer in range(3):
                 params |= conv_weights(
-                    f"block{block}.conv{layer}", width if layer else before, width, 3, seed, block, layer
+                    f"block{block}.conv{layer}", width if layer else before, width, 3, seed, 4 * block + layer
                 )
-            params |= conv_weights(f"block{block}.shortcut", before, width, 1, seed, block, 3)
+            params |= conv_weights(f"block{block}.shortcut", before, width, 1, seed, 4 * block + 3)
             before = width
-        return params | linear_weights("head", before, self.num_outputs, seed, len(self.widths), 0)
+        return params | linear_weights("head", before, self.num_outputs, seed, 4 * len(self.widths))
 
     def features(self, params: Params, inputs: Tensor) -> Tensor:
         """Mean activations of the last block, `(*batch, N, D)`."""

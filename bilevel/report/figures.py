@@ -72,7 +72,11 @@ def _metrics(run: Run) -> list[Plate]:
     ]
     if not keys:
         return []
-    caption = "The problem's own metrics at each outer step. They steer nothing: only the outer loss is minimised."
+    caption = (
+        "Scores of the validation tasks, by which settings may be chosen; the outer loss is what is minimised."
+        if is_few_shot(run)
+        else "The problem's own metrics at each outer step. They steer nothing: only the outer loss is minimised."
+    )
     caption += " A band is a 95 % interval." * any(key + HALF_WIDTH in run.keys("metrics.") for key in keys)
     return [Plate("metrics", "Metrics", caption, partial(_paint_metrics, run, keys))]
 

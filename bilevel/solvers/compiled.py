@@ -94,15 +94,15 @@ class CompiledGradient:
             self._programs.outdated()
             program = None
         if program is None:
-            expected = self._evaluate(params, hparams, self._batch)
-            if not _finite(expected):  # nothing to compare with: another point may do
+            # Where it is not finite there is nothing to compare with; another point may do.
+            if not _finite(self._evaluate(params, hparams, self._batch)):
                 self.fallback = self._programs.sentence("the function is not finite here")
                 return None
             program = self._programs.make(inputs.key, lambda: self._build(inputs, hparams))
             self._compared.add(inputs.key)
             if callable(program):
-                self.fallback = None
-                return expected
+                self.fallback = None  # the program's numbers from the first point on: a run resumed here had them, too
+                return _run(program, inputs)
         self.fallback = program
         return None
 
