@@ -1,6 +1,6 @@
 """Few-shot experiments on Omniglot as shipped: accuracy of 1,000 test tasks, the floor, and the minutes that each took.
 
-    python -m benchmarks.meta_omniglot                                  imaml_omniglot alone, 20 to 30 minutes on two cores
+    python -m benchmarks.meta_omniglot                                  imaml_omniglot alone, 11 to 30 minutes on two cores
     python -m benchmarks.meta_omniglot --runs imaml 20-way r2d2         some of them, one after the other; `all` takes hours
     python -m benchmarks.meta_omniglot --runs paper --device cuda       the columns of the paper on implicit MAML, its split
 
