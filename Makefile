@@ -49,6 +49,7 @@ bench: $(STAMP) ## the benchmarks; peers take part when the extra `peers` is ins
 	$(PYTHON) -m benchmarks.meta_sinusoid
 	$(PYTHON) -m benchmarks.meta_accuracy
 	$(PYTHON) -m benchmarks.meta_omniglot
+	$(PYTHON) -m benchmarks.hyper_cleaning
 
 clean: ## remove the environment and what runs have left
 	rm -rf $(VENV) outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -30,32 +30,33 @@ def begun(where: Path) -> list[Path]:
     return [path.parent for path in sorted(where.glob("*/*/config.yaml"))]
 
 
-def summary_of(where: Path) -> dict[str, Any] | None:
-    """The summary of the run below a folder; None where there is none that came to its evaluation."""
+def summary_of(where: Path, entry: str = "evaluation") -> dict[str, Any] | None:
+    """The summary of the run below a folder; None where there is none with the entry that is made at the end of a run."""
     for file in where.glob("*/*/summary.json"):
         summary: dict[str, Any] = json.loads(file.read_text())
-        if "evaluation" in summary:
+        if entry in summary:
             return summary
     return None
 
 
-def completed(where: Path, keys: Callable[[], Keys]) -> dict[str, Any]:
+def completed(where: Path, keys: Callable[[], Keys], entry: str = "evaluation") -> dict[str, Any]:
     """The same; a run that was cut short goes on first, and one is made where there is none.
 
     Args:
         where: the folder of one run.
         keys: of a new run; asked for where one is made.
+        entry: of the summary, that is made at the end of a run.
 
     Raises:
-        RuntimeError: the command failed, or left no evaluation.
+        RuntimeError: the command failed, or left no such entry.
     """
-    summary = summary_of(where)
+    summary = summary_of(where, entry)
     if summary is None:
         runs = begun(where)
         train({"resume": runs[-1]} if runs else {**keys(), "output_dir": where})
-        summary = summary_of(where)
+        summary = summary_of(where, entry)
     if summary is None:
-        raise RuntimeError(f"the run below {where} ended without an evaluation.")
+        raise RuntimeError(f"the run below {where} ended without its {entry}.")
     return summary
 
 

@@ -39,3 +39,15 @@ def omniglot_root():
             f"{FILE} is not in {data_root()}: `python -m experiments.train experiment=imaml_omniglot` downloads it"
         )
     return str(data_root())
+
+
+@pytest.fixture(scope="session")
+def fashion_mnist():
+    """Fashion-MNIST, if it is on this machine: CI says that it has to be (BILEVEL_REQUIRE_DATA=1)."""
+    from bilevel.data import data_root, load_fashion_mnist
+    from bilevel.data.fashion_mnist import DEBIAN, FOLDER
+
+    if not any(folder.is_dir() for folder in (data_root() / FOLDER, DEBIAN)):
+        if os.environ.get("BILEVEL_REQUIRE_DATA") != "1":
+            pytest.skip(f"Fashion-MNIST is neither in {data_root() / FOLDER} nor installed (dataset-fashion-mnist)")
+    return load_fashion_mnist()

@@ -23,7 +23,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 QUICK = [  # not meta_accuracy, which is a dozen processes: its own parts are tested below
     *("operators", "hypergradient", "memory", "meta_gradient", "meta_memory", "meta_step", "meta_sinusoid"),
-    "meta_omniglot",
+    *("meta_omniglot", "hyper_cleaning"),
 ]
 
 
@@ -32,6 +32,8 @@ def quick(request, tmp_path_factory):
     """Name, output and JSON content of one benchmark, run as a user does; it leaves the committed results alone."""
     if request.param == "meta_omniglot":
         request.getfixturevalue("omniglot_root")
+    if request.param == "hyper_cleaning":
+        request.getfixturevalue("fashion_mnist")
     before = {path: path.read_bytes() for path in RESULTS.iterdir()}
     file = tmp_path_factory.mktemp("benchmarks") / "new" / f"{request.param}.json"
     command = [sys.executable, "-m", f"benchmarks.{request.param}", "--quick", "--json", str(file)]
@@ -50,8 +52,9 @@ ROWS = {
     "meta_step": {"meta-step", "seconds", "over ours"},
     "meta_sinusoid": {"experiment", "seed"},
     "meta_omniglot": {"run", "accuracy", "95 %", "floor", "outer steps", "minutes"},
+    "hyper_cleaning": {"seed", "floor", "cleaned", "ceiling", "f1", "minutes"},
 }
-MAY_VANISH = {"seed", "95 %", "difference", "loop", "largest error over bound"}
+MAY_VANISH = {"seed", "f1", "95 %", "difference", "loop", "largest error over bound"}
 
 
 def test_quick_measures_everything_and_judges_nothing(quick):

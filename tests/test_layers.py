@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "hypergradient": PROBLEM | {"linearisation", "preconditioner"},
     "data": BASE,
     "models": BASE,
-    "problems": PROBLEM | {"data"},
+    "problems": PROBLEM | {"data", "models"},
     "trainer": PROBLEM | {"hypergradient", "data"},
     "meta": PROBLEM | {"linearisation", "hypergradient", "trainer", "data", "models"},
     "diagnostics": PROBLEM | {"linearisation", "preconditioner", "hypergradient", "trainer"},

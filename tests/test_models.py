@@ -14,6 +14,7 @@ from bilevel.models import (
     Conv4,
     ModuleNetwork,
     ResNet12,
+    SoftmaxRegression,
     conv4,
     convolution,
     convolve,
@@ -315,3 +316,26 @@ def test_values_gradients_and_products_in_float32_are_those_in_float64(num_tasks
         numbers.append([values, operator.gradient.detach(), operator.mv(vector.detach().to(dtype))])
     for single, double in zip(*numbers, strict=True):
         assert float((single.double() - double).norm() / double.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("shape", [(12,), (2, 3, 2)])
+def test_softmax_regression_gives_shared_and_own_inputs_the_same_scores(shape):
+    network = SoftmaxRegression(num_inputs=12, num_outputs=3)
+    x, params = draw(5, *shape), {"weight": draw(4, 3, 12, seed=1), "bias": draw(4, 3, seed=2)}
+    each = [functional.linear(x.flatten(1), params["weight"][i], params["bias"][i]) for i in range(4)]
+    expected = torch.stack(each)
+    torch.testing.assert_close(network(params, x), expected, rtol=1e-12, atol=1e-12)
+    own = network(params, x.expand(4, *x.shape))
+    torch.testing.assert_close(own, expected, rtol=1e-12, atol=1e-12)
+    one = network({name: value[1] for name, value in params.items()}, x)
+    torch.testing.assert_close(one, expected[1], rtol=1e-12, atol=1e-12)
+
+
+def test_softmax_regression_refuses_other_sizes():
+    with pytest.raises(UsageError, match=r"sizes of at least 1, but got num_inputs=0 and num_outputs=10"):
+        SoftmaxRegression(num_inputs=0)
+    network = SoftmaxRegression(num_inputs=12)
+    with pytest.raises(
+        UsageError, match=r"inputs of 12 numbers \(model.num_inputs\), but they have shape \(5, 3, 3, 1\)"
+    ):
+        network(network.init(0), torch.zeros(5, 3, 3, 1))

@@ -341,6 +341,37 @@ def test_a_few_shot_run_of_curves_shows_them(tmp_path: Path) -> None:
     assert (run / "figures" / "tasks.png").is_file()
 
 
+def test_a_run_with_weighted_examples_shows_whom_it_trusts_least(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text()) | {"cleaning": {"classes": ["shirt", "bag"]}}
+    (run / "summary.json").write_text(json.dumps(summary))
+    tensors = {
+        "weight": torch.linspace(0, 1, 12),
+        "label": torch.tensor([0, 1] * 6),
+        "true_label": torch.tensor([0, 1, 1] * 4) % 2,
+        "shown": torch.arange(9),
+        "images": torch.rand(9, 5, 5, 1),
+    }
+    save_file(tensors, run / "examples.safetensors")
+    found = {plate.name: plate for plate in plates(load_run(run))}
+    assert list(found)[:3] == ["losses", "weights", "least_trusted"]
+    assert not any(name.startswith("image_") for name in found)
+    wrong = int((tensors["label"] != tensors["true_label"]).sum())
+    assert (
+        f"12 training examples have which weight: those that are labelled rightly, and the {wrong} that"
+        in found["weights"].caption
+    )
+    figure = found["least_trusted"].paint(LIGHT)
+    framed = [panel.get_title(loc="center") for panel in figure.axes if panel.spines["top"].get_visible()]
+    right = [i for i in range(9) if tensors["label"][i] == tensors["true_label"][i]]
+    names = ["shirt", "bag"]
+    assert (
+        framed == [f"{names[tensors['label'][i]]}\n({names[tensors['label'][i]]})" for i in right]
+        and len(figure.axes) == 9
+    )
+    Page(write_report(run))
+
+
 def test_an_interval_is_a_band_of_its_metric_and_no_metric(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

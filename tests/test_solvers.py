@@ -372,6 +372,40 @@ def test_a_tolerance_below_rounding_ends_in_stagnation_not_in_an_endless_loop(so
     assert solution.stationarity <= 1e-7
 
 
+def logistic(*penalties):
+    """Penalised logistic regressions in float32, one for each penalty: near a minimum the loss no longer tells two steps apart."""
+    x = (normal(200, 30) * torch.logspace(0, -1.5, 30)).float()
+    signs = 2 * (normal(200, seed=2) > 0).float() - 1
+    strength = torch.tensor(penalties, dtype=torch.float32)
+
+    def loss(w, hparams):
+        return torch.nn.functional.softplus(-signs * (w @ x.T)).mean(-1) + strength * w.square().sum(-1)
+
+    return Objective(loss), torch.zeros(len(penalties), 30, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("atol", [1e-5, 1e-6])
+def test_the_gradient_decides_where_the_loss_is_too_coarse(atol):
+    solution = solve(LBFGS(atol=atol, max_steps=200), *logistic(5e-4))
+    assert solution.result is InnerResult.converged
+    assert solution.num_gradients <= 1.25 * solution.num_steps  # and not by trials of ever shorter steps
+
+
+@pytest.mark.parametrize("atol", [1e-2, 0.0])
+def test_systems_of_lbfgs_that_are_done_or_stuck_cost_the_others_nothing(atol):
+    """The first one is done soon; with a tolerance of zero it comes to where no step takes it further."""
+    solver = LBFGS(atol=atol, max_steps=100)
+    alone, both = solve(solver, *logistic(5e-4)), solve(solver, *logistic(1.0, 5e-4))
+    assert both.num_gradients - both.num_steps <= alone.num_gradients - alone.num_steps + 20
+    assert both.stationarity == pytest.approx(alone.stationarity, rel=1.0, abs=1e-7)
+
+
+def test_systems_of_lbfgs_that_are_done_stay_where_they_are():
+    loss, start = logistic(1.0, 5e-4)
+    few, many = (solve(LBFGS(atol=1e-2, max_steps=steps), loss, start).params for steps in (5, 8))
+    assert torch.equal(few[0], many[0]) and not torch.equal(few[1], many[1])
+
+
 @pytest.mark.parametrize("solver", [LBFGS(), NewtonCG()], ids=name_of)
 def test_full_batch_solvers_refuse_minibatches(solver):
     assert solver.full_batch and not solver.differentiable

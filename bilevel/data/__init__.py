@@ -1,6 +1,8 @@
 """Data sets, splits, minibatches and few-shot tasks; knows no problem."""
 
 from bilevel.data.episodes import ClassEpisodes, Episode, Examples, TaskSource
+from bilevel.data.fashion_mnist import FashionMNIST, load_fashion_mnist
+from bilevel.data.labels import mislabelled
 from bilevel.data.minibatches import Minibatches
 from bilevel.data.omniglot import Omniglot, load_omniglot
 from bilevel.data.prefetch import Prefetched
@@ -12,6 +14,7 @@ __all__ = [
     "ClassEpisodes",
     "Episode",
     "Examples",
+    "FashionMNIST",
     "Minibatches",
     "Omniglot",
     "Prefetched",
@@ -20,5 +23,7 @@ __all__ = [
     "TaskSource",
     "data_root",
     "load_digits",
+    "load_fashion_mnist",
     "load_omniglot",
+    "mislabelled",
 ]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bilevel.data.episodes import ClassEpisodes
-from bilevel.data.root import data_root, fetch
+from bilevel.data.root import data_root, fetch, reason
 from bilevel.errors import UsageError
 from bilevel.rng import generator
 
@@ -115,9 +115,9 @@ def _read(path: Path) -> np.ndarray:
         with np.load(path, allow_pickle=False) as content:
             images, expected = content["images"], str(content["sha256"]) if "sha256" in content else SHA256
     except PermissionError as error:
-        raise UsageError(f"{path} cannot be read ({_reason(error)}): give yourself the right to read it.") from error
+        raise UsageError(f"{path} cannot be read ({reason(error)}): give yourself the right to read it.") from error
     except _DAMAGE as error:
-        raise UsageError(f"{path} is damaged ({_reason(error)}): {_REMEDY}") from error
+        raise UsageError(f"{path} is damaged ({reason(error)}): {_REMEDY}") from error
     found = _sha256(images)
     if found != expected:
         raise UsageError(
@@ -179,7 +179,3 @@ def _save(path: Path, images: np.ndarray) -> None:
 
 def _sha256(images: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

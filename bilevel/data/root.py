@@ -37,9 +37,7 @@ def fetch(address: str, path: Path, md5: str) -> None:
         try:
             found = _md5(path)
         except OSError as error:
-            raise UsageError(
-                f"{path} cannot be read ({_reason(error)}): give yourself the right to read it."
-            ) from error
+            raise UsageError(f"{path} cannot be read ({reason(error)}): give yourself the right to read it.") from error
         if found != md5:
             raise UsageError(
                 f"{path} is damaged: its MD5 was expected to be {md5}, but is {found}; remove it to have it downloaded again."
@@ -60,7 +58,7 @@ def fetch(address: str, path: Path, md5: str) -> None:
         os.replace(partial, path)
     except (OSError, HTTPException) as error:  # the former is also what urllib raises
         raise UsageError(
-            f"{path.name} is not in {path.parent} and cannot be downloaded from {address} ({_reason(error)}): put the "
+            f"{path.name} is not in {path.parent} and cannot be downloaded from {address} ({reason(error)}): put the "
             f"file there, or name the folder where it is with data.root=DIR or the variable {VARIABLE}."
         ) from error
     finally:
@@ -72,5 +70,6 @@ def _md5(path: Path) -> str:
     return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """What an exception says, on one line and without its full stop, to stand in brackets."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__

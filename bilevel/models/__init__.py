@@ -6,5 +6,16 @@ from bilevel.models.mlp import MLP
 from bilevel.models.network import FeatureNetwork, ModuleNetwork, Network
 from bilevel.models.normalisation import normalise
 from bilevel.models.resnet12 import ResNet12
+from bilevel.models.softmax import SoftmaxRegression
 
-__all__ = ["MLP", "Conv4", "FeatureNetwork", "ModuleNetwork", "Network", "ResNet12", "convolve", "normalise"]
+__all__ = [
+    "MLP",
+    "Conv4",
+    "FeatureNetwork",
+    "ModuleNetwork",
+    "Network",
+    "ResNet12",
+    "SoftmaxRegression",
+    "convolve",
+    "normalise",
+]

@@ -6,12 +6,12 @@ from functools import partial
 from typing import Any
 
 import numpy
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from bilevel.report.load import Run
+from bilevel.report.panels import picture
 from bilevel.report.style import WIDTH, Plate, Theme, blank
 from bilevel.tracking.format import number
 
@@ -101,29 +101,16 @@ def _paint_images(one: Arrays, theme: Theme) -> Figure:
     across.update(left=0.01, right=0.99, bottom=0.01, top=1 - 0.25 / (1.25 * ways), wspace=0.12, hspace=0.35)
     for row in range(ways):
         for column, index in enumerate(support[row]):
-            _picture(figure.add_subplot(across[row, column]), one["support.inputs"][index], LETTERS[row], theme.ink)
+            picture(figure.add_subplot(across[row, column]), one["support.inputs"][index], LETTERS[row], theme.ink)
         for column, index in enumerate(query[row]):
             guess = int(predicted[index])
             colour = theme.faint if guess == row else theme.series[1]
             panel = figure.add_subplot(across[row, shots + 1 + column])
-            _picture(panel, one["query.inputs"][index], _letter(guess), colour, framed=guess != row)
+            picture(panel, one["query.inputs"][index], _letter(guess), colour, framed=guess != row)
     between = across[0, shots].get_position(figure)
     x = (between.x0 + between.x1) / 2
     figure.add_artist(Line2D([x, x], [0.02, 0.98], color=theme.line, linewidth=1.0))
     return figure
-
-
-def _picture(panel: Axes, image: NDArray[Any], title: str, colour: str, *, framed: bool = False) -> None:
-    """One image, channels last, in colour where it has three channels, else its first one in grey."""
-    grey = image.shape[-1] != 3
-    panel.imshow(image[..., 0] if grey else numpy.clip(image, 0, 1), cmap="gray" if grey else None)
-    panel.set_title(title, color=colour, fontsize=6.5, pad=2, loc="center", fontweight="bold" if framed else "normal")
-    panel.xaxis.set_visible(False)
-    panel.yaxis.set_visible(False)
-    for spine in panel.spines.values():
-        spine.set_visible(framed)
-        spine.set_color(colour)
-        spine.set_linewidth(1.6)
 
 
 def _letter(label: int) -> str:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from bilevel.report.examples import trust
 from bilevel.report.few_shot import adaptation, is_few_shot
 from bilevel.report.load import Run
 from bilevel.report.panels import curve, grid, step_axis
@@ -33,7 +34,7 @@ MIN_IMAGE = 16  # pixels: below that a square trailing size is a coincidence
 
 def plates(run: Run) -> list[Plate]:
     """The figures that the run's files can fill, in reading order."""
-    makers = (_losses, adaptation, _metrics, _trajectories, _histograms, _images, receipts)
+    makers = (_losses, adaptation, trust, _metrics, _trajectories, _histograms, _images, receipts)
     return [plate for maker in makers for plate in maker(run)]
 
 
@@ -47,6 +48,10 @@ def _losses(run: Run) -> list[Plate]:
         return []
     dot = "; the dot is the best step" if run.is_comparable else ", each step's on tasks of its own"
     caption = f"Left: the outer loss, which the hyperparameters minimise{dot}. " * ("outer_loss" in keys)
+    if run.summary.get("holdout"):
+        caption += (
+            "The thin line is the loss on validation examples that the outer loss leaves out, its dot the least value. "
+        )
     caption += "Right: the inner loss at the inner solution; it need not fall, for it is not what is being tuned." * (
         len(keys) > 1
     )
@@ -63,7 +68,17 @@ def _paint_losses(run: Run, keys: Sequence[str], theme: Theme) -> Figure:
             panel.plot([step], [loss], "o", color=theme.ink, markersize=4.5, zorder=5)
             note = f"best {number(loss, 5)} at step {step}"
             panel.set_title(note, loc="right", color=theme.faint, fontsize=7.5, fontweight="normal")
+            _paint_holdout(run, panel, theme)
     return figure
+
+
+def _paint_holdout(run: Run, panel: Axes, theme: Theme) -> None:
+    """The loss on what the outer loss leaves out, beside it."""
+    found = run.summary.get("holdout")
+    if found:
+        steps, values = run.series(f"metrics.{found['metric']}")
+        panel.plot(steps, values, color=theme.faint, linewidth=1.0)
+        panel.plot([found["best_step"]], [found["best_loss"]], "o", color=theme.faint, markersize=3.0)
 
 
 def _metrics(run: Run) -> list[Plate]:
@@ -182,7 +197,7 @@ def _paint_histograms(tensors: dict[str, NDArray[Any]], theme: Theme) -> Figure:
 def _images(run: Run) -> list[Plate]:
     """A heat map for every tensor whose trailing size is a square, as pixels of an image are."""
     found: list[Plate] = []
-    if is_few_shot(run):  # weights of a network are no images
+    if is_few_shot(run) or run.examples:  # weights of a network or of examples are no images
         return found
     for name, values in run.hparams.items():
         size = values.shape[-1] if values.ndim else 1

@@ -19,7 +19,7 @@ from bilevel.tracking.jsonl import read_metrics
 __all__ = ["Run", "Standing", "find_runs", "is_run", "load_run", "load_sweep"]
 
 _RECORDS, _SUMMARY, _CONFIG, _HPARAMS = "metrics.jsonl", "summary.json", "config.yaml", "hparams.safetensors"
-_EPISODES = "episodes.safetensors"
+_EPISODES, _EXAMPLES = "episodes.safetensors", "examples.safetensors"
 _MAX_DEPTH = 4  # of a run below its sweep's folder; a sweep over paths or nested overrides makes such trees
 
 _DTYPES = {
@@ -56,6 +56,7 @@ class Run:
         config: The same, parsed.
         hparams: Final hyperparameters in natural units, or empty.
         episodes: Test tasks of a few-shot run: their sets, and outputs before and after adaptation; or empty.
+        examples: Weighted training examples: weights, labels, and images of the least trusted; or empty.
     """
 
     directory: Path
@@ -65,6 +66,7 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     hparams: dict[str, NDArray[Any]] = field(default_factory=dict)
     episodes: dict[str, NDArray[Any]] = field(default_factory=dict)
+    examples: dict[str, NDArray[Any]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -175,6 +177,7 @@ def load_run(directory: Path) -> Run:
         config=_parse_yaml(config_text),
         hparams=_read_tensors(directory / _HPARAMS),
         episodes=_read_tensors(directory / _EPISODES),
+        examples=_read_tensors(directory / _EXAMPLES),
     )
 
 

@@ -1,16 +1,19 @@
-"""The panels that figures of a run are made of: a curve over the outer steps, an axis, a grid of panels."""
+"""The panels that figures of a run are made of: a curve over the outer steps, an axis, a grid of panels, an image."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 from bilevel.report.load import Run
 from bilevel.report.style import blank, log_axis
 
-__all__ = ["curve", "grid", "step_axis"]
+__all__ = ["curve", "grid", "picture", "step_axis"]
 
 
 def curve(panel: Axes, run: Run, key: str, colour: str, label: str | None = None) -> None:
@@ -38,3 +41,16 @@ def grid(count: int, height: float = 1.9) -> tuple[Figure, list[Axes]]:
     for spare in axes[count:]:
         spare.remove()
     return figure, axes[:count]
+
+
+def picture(panel: Axes, image: NDArray[Any], title: str, colour: str, *, framed: bool = False) -> None:
+    """One image, channels last, in colour where it has three channels, else its first one in grey."""
+    grey = image.shape[-1] != 3
+    panel.imshow(image[..., 0] if grey else numpy.clip(image, 0, 1), cmap="gray" if grey else None)
+    panel.set_title(title, color=colour, fontsize=6.5, pad=2, loc="center", fontweight="bold" if framed else "normal")
+    panel.xaxis.set_visible(False)
+    panel.yaxis.set_visible(False)
+    for spine in panel.spines.values():
+        spine.set_visible(framed)
+        spine.set_color(colour)
+        spine.set_linewidth(1.6)

@@ -65,6 +65,7 @@ class LBFGS(InnerSolver):
             "stationarity": size,
             "first_stationarity": size,
             "num_gradients": torch.ones((), dtype=torch.int64),
+            "over": torch.zeros_like(size, dtype=torch.bool),
         }
 
     def step(self, params: Tensor, state: State, loss: Objective, hparams: Hparams) -> tuple[Tensor, State]:
@@ -75,6 +76,8 @@ class LBFGS(InnerSolver):
             pairs = Pairs(state["s"], state["y"], state["sy"], state["yy"], state["rooms"])
             like = IdentityOperator(params.shape[-1], params.shape[:-1], dtype=params.dtype, device=params.device)
             direction = -InverseBFGS(like, pairs, scale=scale).mv(start.gradient)
+            over = self.done(state) | state["over"]  # these would have all others evaluated until their search gives up
+            direction = torch.where(over.unsqueeze(-1), 0.0, direction)
             end, moved, trials = search(loss, start, direction, hparams)
             pairs = pairs.append(end.params - start.params, end.gradient - start.gradient, self.history)
             return end.params, {
@@ -84,6 +87,7 @@ class LBFGS(InnerSolver):
                 **_kept(pairs),
                 "stationarity": row_norm(end.gradient),
                 "num_gradients": state["num_gradients"] + trials,
+                "over": ~moved,  # nor would it from here at the next step
                 "stuck": ~moved.any(),
             }
 

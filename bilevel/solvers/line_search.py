@@ -10,6 +10,7 @@ from torch import Tensor
 from bilevel.solvers.objective import Hparams, Objective
 
 MAX_TRIALS = 30
+EASED = 0.9  # of the slope, that is left after a step that the loss is too coarse to judge
 
 
 class Point(NamedTuple):
@@ -23,11 +24,14 @@ class Point(NamedTuple):
 def search(loss: Objective, start: Point, direction: Tensor, hparams: Hparams) -> tuple[Point, Tensor, int]:
     """The first of the steps 1, 1/2, 1/4, ... that lowers the loss enough (Armijo), one step for each system.
 
-    Close to a minimum the loss no longer resolves the descent; there a step is taken when the gradient norm falls and
-    the loss does not rise by more than rounding.
+    Close to a minimum the loss no longer resolves the descent, but its gradient does, which is small itself instead of a
+    difference of large numbers. There a step is taken when the loss does not rise by more than rounding, and the gradient
+    norm falls, or the slope along the direction by a tenth (the approximate Wolfe conditions).
 
     Returns:
         The new point, which systems moved `(*batch,)`, and the number of evaluations.
+
+    Reference: Hager and Zhang (2005), "A new conjugate gradient method with guaranteed descent and an efficient line search".
     """
     slope = torch.linalg.vecdot(start.gradient, direction)
     eps = torch.finfo(start.value.dtype).eps
@@ -40,7 +44,9 @@ def search(loss: Objective, start: Point, direction: Tensor, hparams: Hparams) -
         params = start.params + size.unsqueeze(-1) * direction
         value, gradient = loss.value_and_gradient(params, hparams)
         lower = (value <= start.value + 1e-4 * size * slope) & (value < start.value - slack)
-        flat = (value <= start.value + slack) & (gradient.norm(dim=-1) < start.gradient.norm(dim=-1))
+        eased = torch.linalg.vecdot(gradient, direction).abs() <= EASED * slope.abs()
+        eased |= gradient.norm(dim=-1) < start.gradient.norm(dim=-1)
+        flat = (value <= start.value + slack) & eased
         still = (params == start.params).all(-1)  # a step below rounding; shorter ones would be, too
         take = (lower | flat) & ~moved & ~still & value.isfinite()
         best = Point(

@@ -6,7 +6,8 @@ resumed runs rely on, so its failure stops the run; any other tracker is a `Guar
 
 from bilevel.tracking.console import ConsoleTracker
 from bilevel.tracking.guard import GuardedTracker
+from bilevel.tracking.holdout import HoldoutAlarm
 from bilevel.tracking.jsonl import JsonlTracker, read_metrics
 from bilevel.tracking.wandb import WandbTracker
 
-__all__ = ["ConsoleTracker", "GuardedTracker", "JsonlTracker", "WandbTracker", "read_metrics"]
+__all__ = ["ConsoleTracker", "GuardedTracker", "HoldoutAlarm", "JsonlTracker", "WandbTracker", "read_metrics"]

@@ -73,6 +73,10 @@ def _troubles(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     if record.get("shrunk"):
         error = number(record.get("hypergradient_error"), 3)
         found.append(("the hypergradient was shrunk", f": its estimated error is {error} times its norm"))
+    if overfitting := record.get("overfitting"):
+        least, loss = (number(overfitting[key]) for key in ("best_loss", "loss"))
+        details = f": the loss on what it leaves out was {least} at step {overfitting['best_step']}, and is {loss}"
+        found.append(("the outer loss still falls, but only on its own examples", details))
     if record.get("skipped"):
         found.append(("skipped, for the hypergradient was not finite or a solve diverged", ""))
     return found
