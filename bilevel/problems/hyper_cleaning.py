@@ -118,16 +118,13 @@ class HyperCleaning(Problem):
     def metrics(self, params: Tensors, hparams: Tensors) -> dict[str, float]:
         """How well wrong labels are found, test accuracy, and loss and accuracy of what the outer loss leaves out."""
         with torch.no_grad():
-            found = {**detection(hparams["weight"], self.corrupted), "test_accuracy": self._accuracy(params, "test")}
+            found = detection(hparams["weight"], self.corrupted)
+            found["test_accuracy"] = _accuracy(self.network(params, self.x_test), self.y_test)
             if len(self.x_holdout):
                 scores = self.network(params, self.x_holdout)
                 found["holdout_loss"] = float(cross_entropy(scores, self.y_holdout))
-                found["holdout_accuracy"] = float((scores.argmax(-1) == self.y_holdout).double().mean())
+                found["holdout_accuracy"] = _accuracy(scores, self.y_holdout)
         return found
-
-    def _accuracy(self, params: Tensors, part: str) -> float:
-        x, y = getattr(self, f"x_{part}"), getattr(self, f"y_{part}")
-        return float((self.network(params, x).argmax(-1) == y).double().mean())
 
 
 def detection(weight: Tensor, corrupted: Tensor) -> dict[str, float]:
@@ -156,6 +153,10 @@ def _drawn(data: FashionMNIST, num_train: int, num_validation: int, seed: int) -
         )
     order = torch.randperm(most, generator=generator(seed))
     return order[:num_train], order[num_train : num_train + num_validation]
+
+
+def _accuracy(scores: Tensor, labels: Tensor) -> float:
+    return float((scores.argmax(-1) == labels).double().mean())
 
 
 def _pixels(images: Tensor) -> Tensor:
