@@ -51,3 +51,15 @@ def fashion_mnist():
         if os.environ.get("BILEVEL_REQUIRE_DATA") != "1":
             pytest.skip(f"Fashion-MNIST is neither in {data_root() / FOLDER} nor installed (dataset-fashion-mnist)")
     return load_fashion_mnist()
+
+
+@pytest.fixture(scope="session")
+def wordnet():
+    """WordNet's nouns, if they are on this machine: CI says that they have to be (BILEVEL_REQUIRE_DATA=1)."""
+    from bilevel.data import data_root, load_wordnet_nouns
+    from bilevel.data.wordnet import DEBIAN, FOLDER
+
+    if not DEBIAN.is_file() and not (data_root() / FOLDER).is_dir():
+        if os.environ.get("BILEVEL_REQUIRE_DATA") != "1":
+            pytest.skip(f"WordNet's nouns are neither in {data_root() / FOLDER} nor installed (wordnet-base)")
+    return load_wordnet_nouns()

@@ -23,7 +23,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 QUICK = [  # not meta_accuracy, which is a dozen processes: its own parts are tested below
     *("operators", "hypergradient", "memory", "meta_gradient", "meta_memory", "meta_step", "meta_sinusoid"),
-    *("meta_omniglot", "hyper_cleaning"),
+    *("meta_omniglot", "hyper_cleaning", "text_penalties"),
 ]
 
 
@@ -34,6 +34,8 @@ def quick(request, tmp_path_factory):
         request.getfixturevalue("omniglot_root")
     if request.param == "hyper_cleaning":
         request.getfixturevalue("fashion_mnist")
+    if request.param == "text_penalties":
+        request.getfixturevalue("wordnet")
     before = {path: path.read_bytes() for path in RESULTS.iterdir()}
     file = tmp_path_factory.mktemp("benchmarks") / "new" / f"{request.param}.json"
     command = [sys.executable, "-m", f"benchmarks.{request.param}", "--quick", "--json", str(file)]
@@ -52,6 +54,7 @@ ROWS = {
     "meta_step": {"meta-step", "seconds", "over ours"},
     "meta_sinusoid": {"experiment", "seed"},
     "meta_omniglot": {"run", "accuracy", "95 %", "floor", "outer steps", "minutes"},
+    "text_penalties": {"what", "penalties", "seconds"},
     "hyper_cleaning": {"seed", "floor", "cleaned", "ceiling", "f1", "minutes"},
 }
 MAY_VANISH = {"seed", "f1", "95 %", "difference", "loop", "largest error over bound"}

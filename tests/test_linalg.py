@@ -143,6 +143,15 @@ def table_solver(name, kind, kappa):
     }[name]
 
 
+def test_rounding_is_that_of_sums_in_blocks():
+    eps = torch.finfo(torch.float64).eps
+    assert [rounding_level(n, torch.float64) / eps for n in (1, 100, 4096, 10**6)] == [8.0, 10.0, 64.0, 64.0]
+    long = torch.full((2 * 10**6,), 0.1)  # a long sum of one sign
+    exact = float(long[0]) * len(long)
+    for found in (long.sum(), long @ torch.ones_like(long)):
+        assert abs(float(found) - exact) < rounding_level(len(long), torch.float32) * exact
+
+
 @pytest.mark.parametrize(("name", "kind", "kappa", "outcome"), cells())
 def test_table_of_solvers_operators_and_right_hand_sides(name, kind, kappa, outcome):
     operator, eigenvector = operator_of(kind, kappa)

@@ -950,3 +950,12 @@ def test_a_forward_mode_jacobian_of_gradients_agrees_with_a_reverse_one():
         forward = vmap(lambda v: jvp(grad(loss), (point(),), (v,))[1], randomness="same")(torch.eye(N))
         assert torch.allclose(forward, jacrev(jacrev(loss))(point()), rtol=1e-10, atol=1e-12)
         assert torch.allclose(jacfwd(loss, randomness="same")(point()), grad(loss)(point()), rtol=1e-10)
+
+
+@pytest.mark.parametrize("layout", ["to_sparse_coo", "to_sparse_csr", "to_sparse_csc"])
+def test_sparse_tensors_are_compared_by_what_they_are_made_of(layout):
+    dense = torch.tensor([[0.0, 2.0], [torch.nan, 0.0]])
+    first = getattr(dense, layout)()
+    assert same(first, getattr(dense.clone(), layout)())
+    assert not same(first, dense) and not same(first, getattr(2 * dense, layout)())
+    assert not same(first, getattr(dense.flip(0), layout)())

@@ -409,3 +409,34 @@ def test_both_themes_have_their_axes_in_the_same_places() -> None:
     first, second, by_itself = ([panel.get_position().bounds for panel in figure.axes] for figure in drawn)
     assert first == second and light != dark and alone == dark
     assert second == by_itself != [panel.get_position().bounds for panel in blank(1, 2, 2.0)[0].axes]
+
+
+def test_a_run_with_penalties_of_words_shows_what_speaks_for_each_class(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    listed = {
+        name: [{"word": f"{name}{place}", "weight": 2.0 - place, "penalty": 0.1 * (place + 1)} for place in range(3)]
+        for name in ("animal", "food", "time", "act", "body", "shape")
+    }
+    groups = [{"texts": 2.0**power, "words": 3, "low": 0.1, "median": 0.2, "high": 0.2 + power} for power in range(4)]
+    summary = json.loads((run / "summary.json").read_text()) | {"words": {"classes": listed, "by_frequency": groups}}
+    (run / "summary.json").write_text(json.dumps(summary))
+    found = {plate.name: plate for plate in plates(load_run(run))}
+    assert list(found)[:3] == ["losses", "words", "frequency"]
+    assert not any(name.startswith("image_") for name in found)
+    figure = found["words"].paint(LIGHT)
+    bold = {text.get_text() for panel in figure.axes for text in panel.texts if text.get_fontweight() == "bold"}
+    assert len(figure.axes) == 6 and bold == {f"{name}0" for name in listed}
+    Page(write_report(run))
+    for group in groups:  # one penalty for all words
+        group["high"] = group["low"] = group["median"]
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert "frequency" not in {plate.name for plate in plates(load_run(run))}
+
+
+def test_a_run_stands_by_the_metric_that_it_monitored(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    summary["best"]["metrics.holdout_loss"], summary["monitor"] = 0.375, "holdout_loss"
+    (run / "summary.json").write_text(json.dumps(summary))
+    standing = load_run(run).standing
+    assert (standing.name, standing.figure, standing.rank) == ("best holdout_loss", "0.37500", 0.375)

@@ -538,3 +538,29 @@ def test_a_simplex_start_may_come_from_float32():
     torch.testing.assert_close(Simplex().to_natural(raw), start, rtol=1e-6, atol=0)
     with pytest.raises(UsageError, match="'mix' was expected to be positive with sum 1 .*is a single number"):
         Simplex().to_raw(torch.tensor(1.0), "mix")
+
+
+class Overfitting(Shrink):
+    """Its outer loss falls for long; what it leaves out wants a penalty of about 3, on the way."""
+
+    def metrics(self, params, hparams):
+        return {"holdout_loss": float((hparams["penalty"] - 3.0).square()), "test_loss": 7.0}
+
+
+def test_steps_compare_by_the_metric_that_is_monitored():
+    trainer = Trainer(num_steps=200, monitor="holdout_loss", patience=3)
+    result = fit(Overfitting(), optimizer=functools.partial(torch.optim.Adam, lr=0.1), trainer=trainer)
+    figures = [record["metrics.holdout_loss"] for record in result.history]
+    least = min(range(len(figures)), key=figures.__getitem__)
+    assert 0 < least < len(figures) - 1 and result.history[-1]["outer_loss"] < result.history[least]["outer_loss"]
+    assert result.summary["best"]["step"] == least and result.summary["monitor"] == "holdout_loss"
+    assert float(result.hparams["penalty"]) == pytest.approx(result.history[least]["hparams.penalty"])
+    assert result.summary["stopped_because"] == "no better holdout_loss in 3 steps"
+    assert result.history[-1]["step"] == least + 3
+
+
+def test_a_metric_that_the_problem_has_not_cannot_be_monitored():
+    with pytest.raises(
+        UsageError, match=r"trainer.monitor was expected to be one of .* holdout_loss, test_loss, but is"
+    ):
+        fit(Overfitting(), trainer=Trainer(num_steps=2, monitor="holdout"))

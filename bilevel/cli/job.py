@@ -109,15 +109,19 @@ def minimised(summary: Mapping[str, Any]) -> float | None:
         summary: of the run.
 
     Returns:
-        The validation score, negated where a higher one is better, or the best outer loss; None where nothing was applied.
+        The validation score, negated where a higher one is better, or the best outer loss or monitored metric; None where
+        nothing was applied.
 
     Example:
         >>> minimised({"best": {"outer_loss": 0.25}})
         0.25
         >>> minimised({"best": {"outer_loss": 0.25}, "validation": {"mean": 0.9, "higher_is_better": True}})
         -0.9
+        >>> minimised({"best": {"outer_loss": 0.25, "metrics.holdout_loss": 0.3}, "monitor": "holdout_loss"})
+        0.3
     """
-    best = (summary.get("best") or {}).get("outer_loss")
+    monitor = summary.get("monitor")
+    best = (summary.get("best") or {}).get(f"metrics.{monitor}" if monitor else "outer_loss")
     validation = summary.get("validation")
     if best is None or validation is None:
         return None if best is None else float(best)

@@ -9,12 +9,14 @@ from bilevel.data.prefetch import Prefetched
 from bilevel.data.root import data_root
 from bilevel.data.sinusoid import Sinusoid
 from bilevel.data.tabular import Split, load_digits
+from bilevel.data.wordnet import Glosses, load_wordnet_nouns
 
 __all__ = [
     "ClassEpisodes",
     "Episode",
     "Examples",
     "FashionMNIST",
+    "Glosses",
     "Minibatches",
     "Omniglot",
     "Prefetched",
@@ -25,5 +27,6 @@ __all__ = [
     "load_digits",
     "load_fashion_mnist",
     "load_omniglot",
+    "load_wordnet_nouns",
     "mislabelled",
 ]

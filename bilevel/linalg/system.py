@@ -12,10 +12,14 @@ from torch import Tensor
 
 from bilevel.linalg.operator import LinearOperator
 
+# Rounding errors of a long sum add up as those of so many numbers one after the other: libraries sum in blocks, and blocks of
+# blocks. Nor is any sum in a Hessian-vector product of a network as long as its vector.
+BLOCK = 4096
+
 
 def rounding_level(n: int, dtype: torch.dtype) -> float:
-    """Backward error that rounding leaves in a product of length `n`: `max(8, √n) eps`; no solver can do better."""
-    return max(8.0, math.sqrt(n)) * torch.finfo(dtype).eps
+    """Backward error that rounding leaves in a product of length `n`: `max(8, √min(n, BLOCK)) eps`; no solver can do better."""
+    return max(8.0, math.sqrt(min(n, BLOCK))) * torch.finfo(dtype).eps
 
 
 def worthless_level(n: int, dtype: torch.dtype) -> float:

@@ -135,6 +135,8 @@ class Capture(TorchFunctionMode):
 
     def _product(self, func: Any, left: Any, right: Any, call: Any = None) -> Any:
         call = (left, right) if call is None else call
+        if any(isinstance(one, Tensor) and one.layout != torch.strided for one in (left, right)):
+            return None  # the Gram matrix of sparse inputs is a dense one of their many columns
         index = self._index(right)
         if index is not None and index.ndim == 2 and isinstance(left, Tensor):
             return self._record(func, call, {}, index, None, left, _rows)

@@ -4,5 +4,15 @@ from bilevel.problems.cleaning_comparison import CleaningComparison
 from bilevel.problems.digits import DigitsMLP, DigitsSoftmax
 from bilevel.problems.digits_grid import DigitsGrid
 from bilevel.problems.hyper_cleaning import HyperCleaning
+from bilevel.problems.text_penalties import TextPenalties
+from bilevel.problems.text_words import TextWords
 
-__all__ = ["CleaningComparison", "DigitsGrid", "DigitsMLP", "DigitsSoftmax", "HyperCleaning"]
+__all__ = [
+    "CleaningComparison",
+    "DigitsGrid",
+    "DigitsMLP",
+    "DigitsSoftmax",
+    "HyperCleaning",
+    "TextPenalties",
+    "TextWords",
+]

@@ -61,7 +61,7 @@ class CleaningComparison:
 
     def __init__(
         self,
-        num_points: int = 4,
+        num_points: int = 7,
         low: float = 3e-4,
         high: float = 1e-2,
         num_folds: int = 3,
@@ -97,7 +97,7 @@ class CleaningComparison:
         """Train and compare; not where a run was cut short, which will go on."""
         if not summary["finished"] or not summary["best"]:
             return
-        started, weight = time.perf_counter(), self.run.best()["weight"].detach()
+        started, weight = time.perf_counter(), self.run.best().hparams["weight"].detach()
         learners = self.learners(weight)
         floor, cleaned, ceiling = (learner.accuracy for learner in learners[-3:])
         summary["cleaning"] = {

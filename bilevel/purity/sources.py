@@ -94,8 +94,10 @@ def same(first: Any, second: Any) -> bool:
     if type(first) is not type(second):
         return False
     if isinstance(first, Tensor):
-        if first.shape != second.shape or first.dtype != second.dtype:
+        if first.shape != second.shape or first.dtype != second.dtype or first.layout != second.layout:
             return False
+        if first.layout != torch.strided:
+            return same(_stored(first), _stored(second))
         return bool(((first == second) | ((first != first) & (second != second))).all())
     if isinstance(first, np.ndarray):
         return np.array_equal(first, second, equal_nan=first.dtype.kind in "fc")
@@ -110,3 +112,12 @@ def same(first: Any, second: Any) -> bool:
     if isinstance(first, float | complex | np.generic):
         return bool(first == second) or bool(first != first and second != second)
     return not isinstance(first, int | str | bytes) or first == second
+
+
+def _stored(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The dense tensors that a sparse one is made of."""
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    return tensor.ccol_indices(), tensor.row_indices(), tensor.values()

@@ -21,6 +21,7 @@ from bilevel.report.load import Run
 from bilevel.report.panels import curve, grid, step_axis
 from bilevel.report.receipts import receipts
 from bilevel.report.style import WIDTH, Plate, Theme, blank, is_log_worthy, log_axis
+from bilevel.report.words import words
 from bilevel.tracking.format import number
 
 __all__ = ["plates"]
@@ -34,7 +35,7 @@ MIN_IMAGE = 16  # pixels: below that a square trailing size is a coincidence
 
 def plates(run: Run) -> list[Plate]:
     """The figures that the run's files can fill, in reading order."""
-    makers = (_losses, adaptation, trust, _metrics, _trajectories, _histograms, _images, receipts)
+    makers = (_losses, adaptation, trust, words, _metrics, _trajectories, _histograms, _images, receipts)
     return [plate for maker in makers for plate in maker(run)]
 
 
@@ -66,7 +67,10 @@ def _paint_losses(run: Run, keys: Sequence[str], theme: Theme) -> Figure:
         if key == "outer_loss" and run.is_comparable and run.best is not None:
             step, loss = run.best
             panel.plot([step], [loss], "o", color=theme.ink, markersize=4.5, zorder=5)
+            monitor = run.summary.get("monitor")
             note = f"best {number(loss, 5)} at step {step}"
+            if monitor:
+                note = f"{number(loss, 5)} at step {step}, of the best {monitor.replace('_', ' ')}"
             panel.set_title(note, loc="right", color=theme.faint, fontsize=7.5, fontweight="normal")
             _paint_holdout(run, panel, theme)
     return figure
@@ -197,7 +201,9 @@ def _paint_histograms(tensors: dict[str, NDArray[Any]], theme: Theme) -> Figure:
 def _images(run: Run) -> list[Plate]:
     """A heat map for every tensor whose trailing size is a square, as pixels of an image are."""
     found: list[Plate] = []
-    if is_few_shot(run) or run.examples:  # weights of a network or of examples are no images
+    if (
+        is_few_shot(run) or run.examples or run.summary.get("words")
+    ):  # those of a network, examples or words are no images
         return found
     for name, values in run.hparams.items():
         size = values.shape[-1] if values.ndim else 1

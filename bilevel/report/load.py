@@ -108,6 +108,9 @@ class Run:
         if self.best is None:
             return Standing(name, number(None), "no finite loss yet", math.inf)
         step, loss = self.best
+        monitor = self.summary.get("monitor")
+        if monitor:
+            name, loss = f"best {monitor}", float(self.summary["best"][f"metrics.{monitor}"])
         return Standing(name, number(loss, 5), f"at step {step}", loss)
 
     @property

@@ -216,8 +216,12 @@ def _verdict(summary: Mapping[str, Any]) -> str:
     place = f" at step {best['step']}" if isinstance(best.get("step"), int) else ""
     reason = str(summary.get("stopped_because") or "").rstrip(". ")
     which = "best" if summary.get("comparable", True) else "latest"
+    loss, monitor = f"outer loss {number(best.get('outer_loss'), 6)}", summary.get("monitor")
+    if monitor:
+        figure = best.get(f"metrics.{monitor}")
+        loss = f"{monitor} {number(figure, 6)} ({loss})"
     return (
-        f"{which} outer loss {number(best.get('outer_loss'), 6)}{place}, after {number(steps)} steps in "
+        f"{which} {loss}{place}, after {number(steps)} steps in "
         f"{duration(summary.get('wall_seconds'))}{f'; stopped: {reason}' if reason else ''}"
     )
 

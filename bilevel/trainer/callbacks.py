@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel.trainer.setup import Setup
-from bilevel.trainer.state import TrainState
+from bilevel.trainer.state import Best, TrainState
 from bilevel.tree import TensorDict
 
 
@@ -27,7 +27,7 @@ class RunStart:
         hparams: starting hyperparameters in natural units.
         setup: the problem between vectors, the inner solver with its options fitted to it, and the method.
         latest: the hyperparameters of the next step in natural units, whenever it is called.
-        best: those of the best step so far, whenever it is called.
+        best: the best step so far, its hyperparameters and its inner solution, whenever it is called.
     """
 
     config: dict[str, Any]
@@ -37,7 +37,7 @@ class RunStart:
     hparams: dict[str, Tensor] = field(repr=False)
     setup: Setup = field(repr=False)
     latest: Callable[[], TensorDict] = field(repr=False)
-    best: Callable[[], TensorDict] = field(repr=False)
+    best: Callable[[], Best] = field(repr=False)
 
     @classmethod
     def of(
@@ -54,7 +54,7 @@ class RunStart:
             with torch.no_grad():
                 return setup.natural(state.raw)
 
-        return cls(config or {}, directory, state.step, num_steps, latest(), setup, latest, lambda: state.best.hparams)
+        return cls(config or {}, directory, state.step, num_steps, latest(), setup, latest, lambda: state.best)
 
 
 class Callback(Protocol):

@@ -111,7 +111,7 @@ def fit(
     stopped = trainer.reason_to_stop(state)
     assert stopped is not None
     state.wall_seconds = time.perf_counter() - started
-    summary = summarise({}, setup, state, stopped)
+    summary = summarise({}, setup, state, stopped, monitor=trainer.monitor)
     for callback in callbacks:
         callback.on_end(summary)
     return Fit(state.best.hparams, setup.problem.unravel(state.best.params), history, summary)

@@ -142,7 +142,9 @@ class _Log:
         if self.state.step > 0:  # also in a resumed run that has nothing left to do: the one before may have died here
             self._save_hparams()
         self.state.wall_seconds = time.perf_counter() - self.epoch
-        summary = summarise(self.config, self.setup, self.state, stopped, finished=finished)
+        summary = summarise(
+            self.config, self.setup, self.state, stopped, monitor=self.trainer.monitor, finished=finished
+        )
         try:
             for callback in self.callbacks:
                 callback.on_end(summary)

@@ -66,7 +66,7 @@ def set_up(
         outer=OuterOptimizer.of(optimizer, scheduler, list(raw.values())),
         method=start_method(method, flat, solver, params, natural),
         gradient={},
-        best=Best(-1, float("inf"), natural, params, {}),
+        best=Best(-1, float("inf"), float("inf"), natural, params, {}),
         num_nonfinite=0,
         seconds=0.0,
         wall_seconds=0.0,

@@ -22,6 +22,7 @@ class Best:
     Attributes:
         step: its number; -1 before the first.
         outer_loss: its outer loss.
+        figure: what steps compare by, the smaller the better: the outer loss, or the metric that the trainer monitors.
         hparams: its hyperparameters, natural units; those after its update where steps cannot be compared.
         params: its inner solution.
         metrics: the problem's own figures there.
@@ -29,6 +30,7 @@ class Best:
 
     step: int
     outer_loss: float
+    figure: float
     hparams: TensorDict
     params: Tensor
     metrics: dict[str, float]

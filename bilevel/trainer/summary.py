@@ -15,7 +15,13 @@ from bilevel.trainer.state import TrainState
 
 
 def summarise(
-    config: dict[str, Any], setup: Setup, state: TrainState, stopped: str, *, finished: bool = True
+    config: dict[str, Any],
+    setup: Setup,
+    state: TrainState,
+    stopped: str,
+    *,
+    monitor: str | None = None,
+    finished: bool = True,
 ) -> dict[str, Any]:
     """The final figures of a run; times and work are those of all the processes that made its steps.
 
@@ -24,6 +30,7 @@ def summarise(
         setup: what the loop works with.
         state: after the last step.
         stopped: why there was no further one.
+        monitor: the metric that the best step is the best by; None for the outer loss.
         finished: whether the run ended as it was meant to, not by an exception or an interruption.
     """
     best: dict[str, Any] = {}
@@ -37,6 +44,7 @@ def summarise(
         "num_steps": state.step,
         "num_hparams": sum(value.numel() for value in state.best.hparams.values()),
         "best": best,  # the latest step where the outer losses of steps cannot be compared
+        "monitor": monitor,
         "comparable": setup.problem.is_comparable,
         "final": state.record,
         "work": dict(state.work),

@@ -35,8 +35,11 @@ class Trainer:
         num_steps: outer steps.
         max_seconds: stop after the step at which so much time has gone into steps, by all processes of the run; None never.
         clip_norm: clip the gradient in raw coordinates to this norm; None does not.
-        patience: stop after this many steps without a better outer loss; None never does.
-        min_improvement: what counts as better, relative to the best outer loss.
+        monitor: by what steps compare: a metric of the problem, the smaller the better; None takes the outer loss. Many
+            hyperparameters overfit that, as parameters do their loss; the loss on validation examples that it leaves out shows
+            the step at which to stop.
+        patience: stop after this many steps without a better one; None never does.
+        min_improvement: what counts as better, relative to the best.
         nonfinite: what to do with hypergradients that are not finite; none of them is ever applied.
         worthless: what to do with hypergradients that are worth nothing by their own error estimate.
         checkpoint_every: steps between checkpoints; the last step always writes one.
@@ -46,6 +49,7 @@ class Trainer:
     num_steps: int = 50
     max_seconds: float | None = None
     clip_norm: float | None = None
+    monitor: str | None = None
     patience: int | None = None
     min_improvement: float = 0.0
     nonfinite: Nonfinite = field(default_factory=Skip)
@@ -75,10 +79,10 @@ class Trainer:
         A generator so that whoever runs it (a run directory, a notebook) decides what happens between two steps. An
         exception leaves the state in the middle of a step: what `state.save()` returned before that step undoes it.
         """
-        if self.patience is not None and not setup.problem.is_comparable:
+        if (self.patience is not None or self.monitor is not None) and not setup.problem.is_comparable:
             raise UsageError(
-                f"trainer.patience={self.patience} compares the outer losses of steps, but each step of this problem has an "
-                "episode of its own: leave patience out, and choose num_steps or max_seconds."
+                "trainer.patience and trainer.monitor compare steps, but each step of this problem has an episode of its own: "
+                "leave them out, and choose num_steps or max_seconds."
             )
         while self.reason_to_stop(state) is None:
             record, hparams = self.step(setup, state)
@@ -91,7 +95,7 @@ class Trainer:
         if self.nonfinite.limit_reached(state.num_nonfinite):
             return f"{state.num_nonfinite} non-finite hypergradients in a row; none was applied{_blame(state.record)}"
         if self.patience is not None and state.step - 1 - state.best.step >= self.patience:
-            return f"no better outer loss in {self.patience} steps"
+            return f"no better {self.monitor or 'outer loss'} in {self.patience} steps"
         if self.max_seconds is not None and state.seconds >= self.max_seconds:
             return f"{state.seconds:.0f} of {self.max_seconds:g} seconds were used"
         return "all steps were made" if state.step >= self.num_steps else None
@@ -174,10 +178,21 @@ class Trainer:
     def _keep_best(
         self, setup: Setup, state: TrainState, result: Hypergradient, hparams: TensorDict, metrics: dict[str, float]
     ) -> None:
-        best = state.best.outer_loss
+        best, figure = state.best.figure, self._figure(result, metrics)
         margin = self.min_improvement * abs(best) if best != float("inf") else 0.0
-        if result.outer_loss < best - margin or not setup.problem.is_comparable:
-            state.best = Best(state.step, result.outer_loss, hparams, result.params, metrics)
+        if figure < best - margin or not setup.problem.is_comparable:
+            state.best = Best(state.step, result.outer_loss, figure, hparams, result.params, metrics)
+
+    def _figure(self, result: Hypergradient, metrics: dict[str, float]) -> float:
+        """What the step is compared with others by."""
+        if self.monitor is None:
+            return result.outer_loss
+        if self.monitor not in metrics:
+            known = ", ".join(metrics) or "of which it has none"
+            raise UsageError(
+                f"trainer.monitor was expected to be one of the problem's metrics, {known}, but is '{self.monitor}'."
+            )
+        return metrics[self.monitor]
 
 
 def _blame(record: Record | None) -> str:
