@@ -23,7 +23,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 QUICK = [  # not meta_accuracy, which is a dozen processes: its own parts are tested below
     *("operators", "hypergradient", "memory", "meta_gradient", "meta_memory", "meta_step", "meta_sinusoid"),
-    *("meta_omniglot", "hyper_cleaning", "text_penalties"),
+    *("meta_omniglot", "hyper_cleaning", "text_penalties", "distillation"),
 ]
 
 
@@ -32,7 +32,7 @@ def quick(request, tmp_path_factory):
     """Name, output and JSON content of one benchmark, run as a user does; it leaves the committed results alone."""
     if request.param == "meta_omniglot":
         request.getfixturevalue("omniglot_root")
-    if request.param == "hyper_cleaning":
+    if request.param in ("hyper_cleaning", "distillation"):
         request.getfixturevalue("fashion_mnist")
     if request.param == "text_penalties":
         request.getfixturevalue("wordnet")
@@ -55,6 +55,7 @@ ROWS = {
     "meta_sinusoid": {"experiment", "seed"},
     "meta_omniglot": {"run", "accuracy", "95 %", "floor", "outer steps", "minutes"},
     "text_penalties": {"what", "penalties", "seconds"},
+    "distillation": {"images", "seed", "distilled", "real", "the largest of them", "minutes"},
     "hyper_cleaning": {"seed", "floor", "cleaned", "ceiling", "f1", "minutes"},
 }
 MAY_VANISH = {"seed", "f1", "95 %", "difference", "loop", "largest error over bound"}

@@ -3,7 +3,9 @@
 from bilevel.problems.cleaning_comparison import CleaningComparison
 from bilevel.problems.digits import DigitsMLP, DigitsSoftmax
 from bilevel.problems.digits_grid import DigitsGrid
+from bilevel.problems.distillation import Distillation
 from bilevel.problems.hyper_cleaning import HyperCleaning
+from bilevel.problems.random_images import RandomImages
 from bilevel.problems.text_penalties import TextPenalties
 from bilevel.problems.text_words import TextWords
 
@@ -12,7 +14,9 @@ __all__ = [
     "DigitsGrid",
     "DigitsMLP",
     "DigitsSoftmax",
+    "Distillation",
     "HyperCleaning",
+    "RandomImages",
     "TextPenalties",
     "TextWords",
 ]

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from bilevel.report.distilled import distilled
 from bilevel.report.examples import trust
 from bilevel.report.few_shot import adaptation, is_few_shot
 from bilevel.report.load import Run
@@ -35,7 +36,7 @@ MIN_IMAGE = 16  # pixels: below that a square trailing size is a coincidence
 
 def plates(run: Run) -> list[Plate]:
     """The figures that the run's files can fill, in reading order."""
-    makers = (_losses, adaptation, trust, words, _metrics, _trajectories, _histograms, _images, receipts)
+    makers = (_losses, adaptation, trust, words, distilled, _metrics, _trajectories, _histograms, _images, receipts)
     return [plate for maker in makers for plate in maker(run)]
 
 

@@ -107,4 +107,5 @@ def _figure(summary: Mapping[str, Any], column: str) -> Any:
     final = summary.get("final") or {}
     word = column.strip().lower().replace(" ", "_")
     keys: Sequence[str] = (column, word, f"metrics.{word}", f"receipt.{word}")
-    return next((source[key] for source in (final, summary) for key in keys if source.get(key) is not None), None)
+    found = (source.get(key) for source in (final, summary) for key in keys)
+    return next((value for value in found if isinstance(value, int | float | str)), None)
