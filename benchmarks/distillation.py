@@ -2,8 +2,8 @@
 
     python -m benchmarks.distillation --folder outputs/distillation     (7 minutes; goes on where it was cut short)
 
-Each run is the command `python -m experiments.train experiment=distillation`, which trains on random real images itself: 20 draws
-with equal shares of the classes, and the best penalty of a grid for them. A row's accuracies are those on the 10,000 test images.
+Each run is the command `python -m experiments.train experiment=distillation`, which trains on random real images itself:
+20 draws with equal shares of the classes, and the best penalty of a grid for them. Accuracies are those on the test images.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ class FlatProblem:
     @property
     def is_comparable(self) -> bool:
         """Whether outer losses of different steps are those of one problem; else the latest step counts as the best."""
-        return self.problem.episodes is None
+        return self.problem.episodes is None and self.problem.outer_batches is None
 
     def start(self, hparams: Mapping[str, Tensor]) -> Tensor:
         """The starting point, differentiable in the hyperparameters; the same for every task."""

@@ -94,12 +94,12 @@ def differences(where: str, node: Mapping[str, Any]) -> list[str]:
     imported; the exceptions are in `OWN_VALUES`.
     """
     target = find_target(node["_target_"], where)
-    ours = node["_target_"].startswith("bilevel.")
+    supplied = SUPPLIED_LATER if node.get("_partial_") or not node["_target_"].startswith("bilevel.") else set()
     own = OWN_VALUES.get(node["_target_"], set())
     taken = {
         name: one
         for name, one in inspect.signature(target).parameters.items()
-        if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD) and not (not ours and name in SUPPLIED_LATER)
+        if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD) and name not in supplied
     }
     given = {key: value for key, value in node.items() if key not in SPECIAL}
     said = [f"{where}.{key} is no argument of {node['_target_']}" for key in given if key not in taken]

@@ -99,3 +99,13 @@ def test_a_run_that_learns_a_few_validation_examples_by_heart_is_told(tmp_path, 
     told = [line for line in lines if "overfitting" in line]
     assert told and told[-1]["overfitting"]["best_step"] == found["best_step"] < told[0]["step"]
     assert "but only on its own examples" in (path.parent / "report.html").read_text()
+
+
+def test_steps_in_which_nothing_is_measured_are_passed_over():
+    alarm = HoldoutAlarm(rise=0.1, patience=1)
+    records = [{"step": k, "outer_loss": 1 / (k + 1)} for k in range(9)]
+    for record in records[::2]:
+        record["metrics.holdout_loss"] = (record["step"] - 4) ** 2 + 1.0
+    for record in records:
+        alarm.on_step(record, {})
+    assert [record["step"] for record in records if "overfitting" in record] == [6, 8]

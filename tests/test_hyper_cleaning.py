@@ -239,3 +239,17 @@ def test_the_loss_is_the_one_that_is_documented(monkeypatch):
     expected = 0.3 * each.mean() + 0.5 * 0.1 * way
     found = flat.objective(None).value_and_gradient(flat.layout.ravel(params), hparams)[0]
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=0.0)
+
+
+def test_losses_of_minibatches_are_unbiased(monkeypatch):
+    small_images(monkeypatch)
+    whole, parts = cleaning(holdout=0.2), cleaning(holdout=0.2, batch_size=6, outer_batch_size=4)
+    hparams = {"weight": torch.linspace(0.1, 0.9, 30)}
+    params = {
+        name: torch.randn(value.shape, generator=torch.Generator().manual_seed(1))
+        for name, value in whole.origin.items()
+    }
+    for name, batches in (("inner_loss", parts.inner_batches), ("outer_loss", parts.outer_batches)):
+        values = [getattr(parts, name)(params, hparams, batches.part(number)) for number in range(batches.count)]
+        assert batches.count == {"inner_loss": 5, "outer_loss": 4}[name]
+        torch.testing.assert_close(torch.stack(values).mean(), getattr(whole, name)(params, hparams, None))

@@ -319,7 +319,9 @@ def test_the_latest_step_is_the_best_of_a_run_of_episodes_and_patience_is_refuse
     fit(sinusoids(), solver=SOLVER, hypergradient=Unrolled(), num_steps=6, callbacks=[Keep()])
     last = longer[5]  # what a sixth step starts from is what five steps leave
     assert all(torch.equal(value, last[name]) for name, value in result.hparams.items())
-    with pytest.raises(UsageError, match=r"trainer.patience=2 .* each step of this problem has an episode of its own"):
+    with pytest.raises(
+        UsageError, match=r"trainer.patience=2 .* each step of this problem has an episode or a minibatch of its own"
+    ):
         fit(sinusoids(), solver=SOLVER, hypergradient=Unrolled(), trainer=Trainer(patience=2))
 
 

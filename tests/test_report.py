@@ -226,7 +226,7 @@ def test_a_few_shot_run_is_judged_by_its_test_tasks(tmp_path: Path) -> None:
     assert (
         "best outer loss" not in page.text
         and "the best step" not in page.text
-        and "each step's on tasks of its own" in page.text
+        and "each step's on tasks or a minibatch of its own" in page.text
     )
     scored(tmp_path / "sweep" / "2", 0.95)
     board = Page(write_sweep_report(tmp_path / "sweep")).text

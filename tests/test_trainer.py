@@ -564,3 +564,11 @@ def test_a_metric_that_the_problem_has_not_cannot_be_monitored():
         UsageError, match=r"trainer.monitor was expected to be one of .* holdout_loss, test_loss, but is"
     ):
         fit(Overfitting(), trainer=Trainer(num_steps=2, monitor="holdout"))
+
+
+def test_metrics_are_evaluated_as_often_as_asked_for_and_in_the_last_step():
+    trainer = Trainer(num_steps=8, metrics_every=3, monitor="holdout_loss")
+    result = fit(Overfitting(), optimizer=functools.partial(torch.optim.Adam, lr=0.1), trainer=trainer)
+    assert [r["step"] for r in result.history if "metrics.holdout_loss" in r] == [0, 3, 6, 7]
+    figures = {r["step"]: r["metrics.holdout_loss"] for r in result.history if "metrics.holdout_loss" in r}
+    assert result.summary["best"]["step"] == min(figures, key=figures.get)

@@ -3,7 +3,7 @@
 from bilevel.data.episodes import ClassEpisodes, Episode, Examples, TaskSource
 from bilevel.data.fashion_mnist import FashionMNIST, load_fashion_mnist
 from bilevel.data.labels import mislabelled
-from bilevel.data.minibatches import Minibatches
+from bilevel.data.minibatches import Minibatches, Partition
 from bilevel.data.omniglot import Omniglot, load_omniglot
 from bilevel.data.prefetch import Prefetched
 from bilevel.data.root import data_root
@@ -19,6 +19,7 @@ __all__ = [
     "Glosses",
     "Minibatches",
     "Omniglot",
+    "Partition",
     "Prefetched",
     "Sinusoid",
     "Split",

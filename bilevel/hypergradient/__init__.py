@@ -12,13 +12,21 @@ from bilevel.hypergradient.method import Hypergradient, HypergradientMethod, dif
 from bilevel.hypergradient.one_step import OneStep
 from bilevel.hypergradient.paths import check_not_all_zero, check_paths, find_paths
 from bilevel.hypergradient.sama import SAMA
+from bilevel.hypergradient.stochastic import BOME, F2SA, MASOBA, SABA, SOBA, TTSA, AmIGO, PBGDFree, StocBiO
 from bilevel.hypergradient.unrolled import Unrolled
 
 __all__ = [
+    "BOME",
+    "F2SA",
+    "MASOBA",
+    "SABA",
     "SAMA",
+    "SOBA",
+    "TTSA",
     "Accuracy",
     "AdaptiveAccuracy",
     "AdaptiveDamping",
+    "AmIGO",
     "Damping",
     "DecreasingAccuracy",
     "ErrorEstimate",
@@ -33,6 +41,8 @@ __all__ = [
     "ImplicitUpdate",
     "NoDamping",
     "OneStep",
+    "PBGDFree",
+    "StocBiO",
     "Unrolled",
     "check_not_all_zero",
     "check_paths",

@@ -54,6 +54,7 @@ class HypergradientMethod(ABC):
         paths: the ways from a hyperparameter to the outer loss that the method differentiates: `direct` (in the outer
             loss), `inner` (in the inner loss), `initial` (in `init_params`), `solver` (an option of the inner solver).
         records_steps: whether the inner solver's steps have to be differentiable.
+        begins_at_zero: whether the first hypergradient is zero by construction, and no sign of anything.
     """
 
     warm_start: bool = True
@@ -61,6 +62,7 @@ class HypergradientMethod(ABC):
 
     paths: ClassVar[frozenset[str]] = frozenset({"direct", "inner"})
     records_steps: ClassVar[bool] = False
+    begins_at_zero: ClassVar[bool] = False
 
     def init(
         self, problem: FlatProblem, solver: InnerSolver, params: Tensor, hparams: Mapping[str, Tensor]

@@ -23,8 +23,15 @@ def outer_gradients(
     problem: FlatProblem, params: Tensor, hparams: Mapping[str, Tensor], batches: StepBatches
 ) -> OuterGradients:
     """Mean outer loss and its partial derivatives: with respect to params, and directly to hyperparameters."""
+    return outer_gradients_on(problem, params, hparams, batches.outer)
+
+
+def outer_gradients_on(
+    problem: FlatProblem, params: Tensor, hparams: Mapping[str, Tensor], batch: Any
+) -> OuterGradients:
+    """The same, on a batch that is given."""
     number = params.shape[:-1].numel()
-    parts = problem.in_parts(params.detach(), batches.outer)
+    parts = problem.in_parts(params.detach(), batch)
     return _summed([_outer_gradient(part, x, hparams, batch, number) for part, x, batch in parts], hparams)
 
 

@@ -172,6 +172,8 @@ def check_not_all_zero(result: Hypergradient, method: HypergradientMethod) -> No
     linear solve that failed worth a word, since the receipt tells.
     """
     linear = result.receipt.linear_result
+    if method.begins_at_zero:
+        return
     if linear is not None and not Result[linear].successful:
         return
     zero = [name for name, value in result.gradient.items() if value.numel() and not bool(value.any())]

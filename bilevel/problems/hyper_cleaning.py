@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from bilevel.constraints import Constraint, UnitInterval
-from bilevel.data import FashionMNIST, load_fashion_mnist, mislabelled
+from bilevel.data import FashionMNIST, Partition, load_fashion_mnist, mislabelled
 from bilevel.errors import UsageError
 from bilevel.models import Network, SoftmaxRegression
 from bilevel.problem import Problem
@@ -36,9 +36,11 @@ class HyperCleaning(Problem):
         start: starting value of every weight.
         penalty: `λ`.
         holdout: share of the validation examples that the outer loss leaves out; the metric `holdout_loss` is theirs.
+        batch_size: training examples in a minibatch; None takes all.
+        outer_batch_size: validation examples in one of the outer loss; None takes all.
         root: the data folder; None takes the variable BILEVEL_DATA, or a cache folder in the user's home.
         split_seed: of the split and of the wrong labels.
-        seed: of the starting weights.
+        seed: of the starting weights and of the minibatches.
 
     Raises:
         UsageError: there are not so many images, or a number is out of its range.
@@ -58,6 +60,8 @@ class HyperCleaning(Problem):
         start: float = 0.5,
         penalty: float = 0.01,
         holdout: float = 0.2,
+        batch_size: int | None = None,
+        outer_batch_size: int | None = None,
         root: str | None = None,
         split_seed: int = 0,
         seed: int = 0,
@@ -81,6 +85,8 @@ class HyperCleaning(Problem):
         self.x_holdout, self.y_holdout = x[kept:], y[kept:]
         self.x_test, self.y_test = _pixels(data.test_images), data.test_labels
         self.origin = self.network.init(seed)
+        self.inner_batches = None if batch_size is None else Partition(num_train, batch_size, seed)
+        self.outer_batches = None if outer_batch_size is None else Partition(kept, outer_batch_size, seed + 1)
 
     @property
     def corrupted(self) -> Tensor:
@@ -103,17 +109,21 @@ class HyperCleaning(Problem):
         """The penalty, where the rest is convex."""
         return self.penalty_strength if isinstance(self.network, SoftmaxRegression) else None
 
-    def outputs(self, params: Tensors, hparams: Tensors, batch: None) -> Tensor:
-        """Scores of the training examples."""
-        return self.network(params, self.x)
+    def outputs(self, params: Tensors, hparams: Tensors, batch: Tensor | None) -> Tensor:
+        """Scores of the training examples in the batch."""
+        return self.network(params, self.x if batch is None else self.x[batch])
 
-    def output_loss(self, outputs: Tensor, hparams: Tensors, batch: None) -> Tensor:
-        """Weighted cross-entropy of each example, `(N,)`."""
-        return hparams["weight"] * cross_entropy(outputs, self.y, reduction="none")
+    def output_loss(self, outputs: Tensor, hparams: Tensors, batch: Tensor | None) -> Tensor:
+        """Weighted cross-entropy of each of them, `(B,)`."""
+        if batch is None:
+            return hparams["weight"] * cross_entropy(outputs, self.y, reduction="none")
+        return hparams["weight"][batch] * cross_entropy(outputs, self.y[batch], reduction="none")
 
-    def outer_loss(self, params: Tensors, hparams: Tensors, batch: None) -> Tensor:
-        """Mean cross-entropy of the validation examples."""
-        return cross_entropy(self.network(params, self.x_validation), self.y_validation)
+    def outer_loss(self, params: Tensors, hparams: Tensors, batch: Tensor | None) -> Tensor:
+        """Mean cross-entropy of the validation examples in the batch."""
+        x, y = self.x_validation, self.y_validation
+        x, y = (x, y) if batch is None else (x[batch], y[batch])
+        return cross_entropy(self.network(params, x), y)
 
     def metrics(self, params: Tensors, hparams: Tensors) -> dict[str, float]:
         """How well wrong labels are found, test accuracy, and loss and accuracy of what the outer loss leaves out."""

@@ -48,7 +48,7 @@ def _losses(run: Run) -> list[Plate]:
     keys = [key for key in ("outer_loss", "inner_loss") if run.series(key)[0].size]
     if not keys:
         return []
-    dot = "; the dot is the best step" if run.is_comparable else ", each step's on tasks of its own"
+    dot = "; the dot is the best step" if run.is_comparable else ", each step's on tasks or a minibatch of its own"
     caption = f"Left: the outer loss, which the hyperparameters minimise{dot}. " * ("outer_loss" in keys)
     if run.summary.get("holdout"):
         caption += (

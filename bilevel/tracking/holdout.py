@@ -74,10 +74,10 @@ class HoldoutAlarm:
 
     def _see(self, record: dict[str, Any]) -> dict[str, Any] | None:
         key = f"metrics.{self.metric}"
-        if record.get("skipped"):  # nothing is evaluated in such a step
+        known = sorted(name.removeprefix("metrics.") for name in record if name.startswith("metrics."))
+        if record.get("skipped") or (not known and record.get("step")):  # nothing is evaluated in such a step
             return None
         if key not in record:
-            known = sorted(name.removeprefix("metrics.") for name in record if name.startswith("metrics."))
             raise UsageError(
                 f"HoldoutAlarm watches the metric '{self.metric}' of the problem, but it has {known or 'none'}: leave some "
                 "validation examples out of the outer loss and return theirs, or leave the alarm out."

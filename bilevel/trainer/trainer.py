@@ -40,6 +40,7 @@ class Trainer:
             the step at which to stop.
         patience: stop after this many steps without a better one; None never does.
         min_improvement: what counts as better, relative to the best.
+        metrics_every: steps between those in which the problem's metrics are evaluated, and what is monitored is looked at.
         nonfinite: what to do with hypergradients that are not finite; none of them is ever applied.
         worthless: what to do with hypergradients that are worth nothing by their own error estimate.
         checkpoint_every: steps between checkpoints; the last step always writes one.
@@ -52,6 +53,7 @@ class Trainer:
     monitor: str | None = None
     patience: int | None = None
     min_improvement: float = 0.0
+    metrics_every: int = 1
     nonfinite: Nonfinite = field(default_factory=Skip)
     worthless: Worthless = field(default_factory=Shrink)
     checkpoint_every: int = 10
@@ -60,7 +62,7 @@ class Trainer:
     def __post_init__(self) -> None:
         """Validate the parts and the numbers."""
         check_parts(self)
-        for name in ("num_steps", "checkpoint_every", "keep_checkpoints"):
+        for name in ("num_steps", "metrics_every", "checkpoint_every", "keep_checkpoints"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise UsageError(f"trainer.{name} must be an integer of at least 1, but is {value}.")
@@ -79,10 +81,15 @@ class Trainer:
         A generator so that whoever runs it (a run directory, a notebook) decides what happens between two steps. An
         exception leaves the state in the middle of a step: what `state.save()` returned before that step undoes it.
         """
-        if (self.patience is not None or self.monitor is not None) and not setup.problem.is_comparable:
+        if self.monitor is not None and setup.problem.problem.episodes is not None:
             raise UsageError(
-                "trainer.patience and trainer.monitor compare steps, but each step of this problem has an episode of its own: "
-                "leave them out, and choose num_steps or max_seconds."
+                "trainer.monitor compares steps, but each step of this problem has an episode of its own: leave it out."
+            )
+        if self.patience is not None and not self._compares(setup):
+            raise UsageError(
+                f"trainer.patience={self.patience} compares the outer losses of steps, but each step of this problem has an "
+                "episode or a minibatch of its own: leave patience out and choose num_steps or max_seconds, or let "
+                "trainer.monitor name a metric."
             )
         while self.reason_to_stop(state) is None:
             record, hparams = self.step(setup, state)
@@ -111,7 +118,9 @@ class Trainer:
         finite = is_finite(result) and math.isfinite(norm)
         if finite and state.step == 0:
             check_not_all_zero(result, setup.method)
-        metrics = evaluate_metrics(setup, result.params, hparams) if finite else {}
+        last = state.step == self.num_steps - 1
+        measured = finite and (state.step % self.metrics_every == 0 or last)
+        metrics = evaluate_metrics(setup, result.params, hparams) if measured else {}
         relative_error = result.receipt.error_estimate / norm if norm > 0 else math.nan
         scale = self.worthless.scale(relative_error)
         record: Record = {
@@ -131,10 +140,11 @@ class Trainer:
             **describe_hparams(hparams),
         }
         if finite:
-            self._keep_best(setup, state, result, hparams, metrics)
+            if measured or self.monitor is None:
+                self._keep_best(setup, state, result, hparams, metrics)
             applied = {name: scale * part for name, part in result.gradient.items()}
             self._update(state, natural, applied, result.outer_loss)
-            if not setup.problem.is_comparable:  # what is kept is then what new tasks are scored with: after the update
+            if not self._compares(setup):  # what is kept is then what new tasks are scored with: after the update
                 state.best = replace(state.best, hparams=detach(setup.natural(state.raw)))
             state.params, state.method, state.num_nonfinite = result.params, result.state, 0
             state.gradient = result.gradient
@@ -180,8 +190,12 @@ class Trainer:
     ) -> None:
         best, figure = state.best.figure, self._figure(result, metrics)
         margin = self.min_improvement * abs(best) if best != float("inf") else 0.0
-        if figure < best - margin or not setup.problem.is_comparable:
+        if figure < best - margin or not self._compares(setup):
             state.best = Best(state.step, result.outer_loss, figure, hparams, result.params, metrics)
+
+    def _compares(self, setup: Setup) -> bool:
+        """Whether one step can be better than another."""
+        return self.monitor is not None or setup.problem.is_comparable
 
     def _figure(self, result: Hypergradient, metrics: dict[str, float]) -> float:
         """What the step is compared with others by."""
