@@ -54,6 +54,10 @@ class SparseMatrix:
             raise UsageError("SparseMatrix.of expected finite entries, but some are not.")
         return cls(_compressed(matrix, dtype), _compressed(matrix.T, dtype))
 
+    def __deepcopy__(self, memo: Any) -> SparseMatrix:
+        """Tensors of its own: torch does not copy sparse ones by itself."""
+        return SparseMatrix(self.rows.clone(), self.columns.clone())
+
     @property
     def shape(self) -> torch.Size:
         """`(m, n)`."""

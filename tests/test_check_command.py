@@ -25,18 +25,29 @@ EXPERIMENTS = sorted(
 
 
 def test_the_experiments_that_promise_solutions_are_known():
-    assert EXPERIMENTS == ["digits", "digits_mlp", "digits_per_weight", "hyper_cleaning"]
+    assert EXPERIMENTS == [
+        "digits",
+        "digits_mlp",
+        "digits_per_weight",
+        "distillation",
+        "hyper_cleaning",
+        "text_penalties",
+    ]
 
 
-SMALLER = {
-    "hyper_cleaning": ["problem.num_train=300", "problem.num_validation=200"]
-}  # at full size it takes 80 seconds
+SMALLER = {  # at full size they take minutes
+    "hyper_cleaning": ["problem.num_train=300", "problem.num_validation=200"],
+    "distillation": ["problem.num_train=300"],
+    "text_penalties": ["problem.num_texts=40", "problem.start=1e-2"],
+}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_shipped_experiment_is_sound(name, tmp_path, capsys, request):
-    if name == "hyper_cleaning":
+    if name in ("hyper_cleaning", "distillation"):
         request.getfixturevalue("fashion_mnist")
+    if name == "text_penalties":
+        request.getfixturevalue("wordnet")
     status, out, content, path = run(tmp_path, capsys, f"experiment={name}", *SMALLER.get(name, ()))
     assert status == 0 and content["verdict"] == "sound" and "sound: every check passed" in out
     assert all(row["passed"] for row in content["checks"]) and set(content["methods"]) >= {

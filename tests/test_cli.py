@@ -308,7 +308,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "key of a group not chosen": (["outer_scheduler.step_size=4"], "first choose outer_scheduler="),
     "misspelt group": (["solvr=tiny"], "did you mean 'solver'?"),
     "misspelt option": (["hypergradient=tiny_gc"], "did you mean 'tiny_cg'?"),
-    "unknown option": (["hypergradient=zebra"], "its options are finite_difference, first_order, forward"),
+    "unknown option": (
+        ["hypergradient=zebra"],
+        "its options are amigo, bome, f2sa, finite_difference, first_order, forward",
+    ),
     "misspelt word for an experiment": (["experment=tiny"], "did you mean 'experiment'?"),
     "misspelt experiment": (["experiment=tinny"], "did you mean 'tiny'?"),
     "null option": (["outer_scheduler=null"], "not null"),

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # What each part of `bilevel` may import besides itself; `bilevel/__init__.py` and `__main__.py` are the parts of these
 # names. Whatever is below a part is listed by its layer; a part that is missing here is an error, so that nobody adds one
 # without saying where it belongs.
-BASE = {"errors", "jsonable", "outcome", "tree", "result", "rng", "autodiff", "purity", "parts"}
+BASE = {"errors", "jsonable", "outcome", "tree", "result", "rng", "autodiff", "purity", "parts", "sparse"}
 LINALG = BASE | {"linalg"}
 CORE = LINALG | {"implicit", "solvers"}
 PROBLEM = CORE | {"problem", "constraints", "broadcast", "batches", "flat", "receipt"}

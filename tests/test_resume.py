@@ -331,13 +331,18 @@ def test_a_run_that_had_stopped_early_makes_no_further_step(tmp_path):
         def outer_batches(self, step, inner_step):
             return torch.tensor(float("nan") if self.kind == "nonfinite" and step >= 3 else float(step))
 
+        def metrics(self, params, hparams):
+            start = self.init_hparams()["penalty"]
+            return {**super().metrics(params, hparams), "away": float((hparams["penalty"] - start).abs().sum())}
+
     for kind, reason, steps in (
-        ("patience", "no better outer loss in 2 steps", 3),
+        ("patience", "no better away in 2 steps", 3),
         ("nonfinite", "3 non-finite hypergradients in a row; none was applied", 6),
     ):
         problem, directory = Worse(), tmp_path / kind
         problem.kind = kind
-        settings = {"num_steps": 9, "patience": 2 if kind == "patience" else None}
+        stops = {"patience": 2, "monitor": "away"} if kind == "patience" else {}
+        settings = {"num_steps": 9, **stops}
         first = go(directory, problem, **settings)
         assert (first["stopped_because"], first["num_steps"]) == (reason, steps)
         before = records(directory)

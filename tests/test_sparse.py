@@ -1,5 +1,7 @@
 """Sparse matrices: products and their derivatives are those of the dense matrix, in every composition that is allowed."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -88,6 +90,13 @@ def test_entries_that_stand_there_twice_are_added_and_the_original_is_left_alone
     assert (SparseMatrix.of(matrix, torch.float64) @ eye).tolist() == [[0, 3], [4, 0]]
     assert (SparseMatrix.of(unsorted, torch.float64) @ eye).tolist() == [[5, 3], [0, 0]]
     assert unsorted.indices.tolist() == [1, 0]
+
+
+def test_a_copy_is_one():
+    sparse, dense = pair(4, 3)
+    other = copy.deepcopy(sparse)
+    other.rows.values().zero_()
+    torch.testing.assert_close(sparse @ torch.eye(3, dtype=torch.float64), dense)
 
 
 def test_it_moves_with_the_problem_that_holds_it():
