@@ -20,14 +20,15 @@ from bilevel.sparse import SparseMatrix
 from bilevel.tree import TensorDict
 
 Tensors = Mapping[str, Tensor]
+INTERCEPT = 1e-6  # penalty of intercepts: far below the curvature of a class that has texts
 
 
 class TextPenalties(Problem):
     r"""Definitions of WordNet's nouns in 25 classes: `mean CE(X Wᵀ + b) + Σ λ w² / 2`, `X` sparse; convex.
 
     Words are those of the training texts, and `X` has their TF-IDF features: what a word's share of a text is worth, less
-    where many texts have it. Adding a constant to all intercepts changes no prediction, so the first one is fixed at 0;
-    intercepts are not penalised.
+    where many texts have it. Adding a constant to all intercepts changes no prediction, so the first one is fixed at 0; the
+    others are as good as unpenalised (by 1e-6, which a class without a training text needs to have a finite one).
 
     Args:
         penalty: one penalty (`shared`), one for each word (`per_feature`, 35,616) or for each word and class (`per_weight`,
@@ -87,9 +88,10 @@ class TextPenalties(Problem):
         }
 
     def anchor(self, hparams: Tensors) -> tuple[TensorDict, TensorDict]:
-        """The penalties, towards 0; none of intercepts."""
+        """The penalties, towards 0."""
         centre = self.init_params(hparams)
-        return {"weight": self.broadcast.expand(hparams)["weight"], "bias": centre["bias"]}, centre
+        bias = torch.full_like(centre["bias"], INTERCEPT)
+        return {"weight": self.broadcast.expand(hparams)["weight"], "bias": bias}, centre
 
     def outputs(self, params: Tensors, hparams: Tensors, batch: None) -> Tensor:
         """Scores of the training texts."""
