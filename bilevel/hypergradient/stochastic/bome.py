@@ -9,18 +9,17 @@ from typing import ClassVar
 from torch import Tensor
 
 from bilevel.batches import StepBatches
-from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem
-from bilevel.hypergradient.method import Hypergradient, HypergradientMethod, MethodState
+from bilevel.hypergradient.method import Hypergradient, MethodState
 from bilevel.hypergradient.outer import outer_gradients
 from bilevel.hypergradient.stochastic.first_order import inner_gradients
-from bilevel.hypergradient.stochastic.steps import TRACKED, described, plain_rate
+from bilevel.hypergradient.stochastic.steps import TRACKED, MinibatchSteps, described, plain_rate
 from bilevel.receipt import Receipt
 from bilevel.solvers import InnerSolver
 
 
 @dataclass(frozen=True)
-class BOME(HypergradientMethod):
+class BOME(MinibatchSteps):
     r"""One step of params and hyperparameters together along `∇L + λ ∇q`, `q = f(x, θ) - f(x⁺, θ)`.
 
     `x⁺` is what `max_steps` of the inner solver make of `x`, and held fixed, so that `q` is the distance of the inner loss
@@ -40,13 +39,7 @@ class BOME(HypergradientMethod):
 
     def __post_init__(self) -> None:
         """Validate the number."""
-        if not 0 < self.strength < float("inf"):
-            raise UsageError(f"BOME needs strength > 0, but got {self.strength}.")
-
-    def check(self, solver: InnerSolver) -> None:
-        """Refuse an inner solver whose steps are no steps along gradients of minibatches."""
-        super().check(solver)
-        plain_rate("BOME", solver)
+        self.check_numbers(positive=("strength",))
 
     def compute(
         self,

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from bilevel.batches import StepBatches
-from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem
-from bilevel.hypergradient.method import Hypergradient, HypergradientMethod, MethodState
+from bilevel.hypergradient.method import Hypergradient, MethodState
 from bilevel.hypergradient.outer import outer_gradients
 from bilevel.hypergradient.stochastic.first_order import inner_gradients
-from bilevel.hypergradient.stochastic.steps import TRACKED, described, fall, plain_rate
+from bilevel.hypergradient.stochastic.steps import TRACKED, MinibatchSteps, described, fall, plain_rate
 from bilevel.receipt import Receipt
 from bilevel.solvers import InnerSolver
 
@@ -21,7 +20,7 @@ PENALISED = "penalised"
 
 
 @dataclass(frozen=True)
-class F2SA(HypergradientMethod):
+class F2SA(MinibatchSteps):
     r"""`∇_θ L(y) + λ (∇_θ f(y) - ∇_θ f(x))` with `x` on its way to `argmin f` and `y` to `argmin f + L / λ`.
 
     That is the gradient of `min_y max_x L(y) + λ (f(y) - f(x))`, which is the bilevel problem up to `O(1 / λ)`: as `λ` grows,
@@ -43,16 +42,7 @@ class F2SA(HypergradientMethod):
 
     def __post_init__(self) -> None:
         """Validate the numbers."""
-        if not 0 < self.multiplier < float("inf"):
-            raise UsageError(f"F2SA needs multiplier > 0, but got {self.multiplier}.")
-        for name in ("growth", "exponent"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UsageError(f"F2SA needs {name} >= 0, but got {getattr(self, name)}.")
-
-    def check(self, solver: InnerSolver) -> None:
-        """Refuse an inner solver whose steps are no steps along gradients of minibatches."""
-        super().check(solver)
-        plain_rate("F2SA", solver)
+        self.check_numbers(positive=("multiplier",), not_negative=("growth", "exponent"))
 
     def init(
         self, problem: FlatProblem, solver: InnerSolver, params: Tensor, hparams: Mapping[str, Tensor]

@@ -9,18 +9,17 @@ from typing import ClassVar
 from torch import Tensor
 
 from bilevel.batches import StepBatches
-from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem
-from bilevel.hypergradient.method import Hypergradient, HypergradientMethod, MethodState
+from bilevel.hypergradient.method import Hypergradient, MethodState
 from bilevel.hypergradient.outer import outer_gradients
 from bilevel.hypergradient.stochastic.first_order import inner_gradients
-from bilevel.hypergradient.stochastic.steps import TRACKED, described, plain_rate
+from bilevel.hypergradient.stochastic.steps import TRACKED, MinibatchSteps, described, plain_rate
 from bilevel.receipt import Receipt
 from bilevel.solvers import InnerSolver
 
 
 @dataclass(frozen=True)
-class PBGDFree(HypergradientMethod):
+class PBGDFree(MinibatchSteps):
     r"""`∇_θ L(y)` with `y` on its way to `argmin f + L / λ`, by `max_steps` of the inner solver's learning rate.
 
     F2SA without its second term, `λ (∇_θ f(y) - ∇_θ f(x))`, which is small where the outer loss hardly depends on params: that
@@ -41,13 +40,7 @@ class PBGDFree(HypergradientMethod):
 
     def __post_init__(self) -> None:
         """Validate the number."""
-        if not 0 < self.multiplier < float("inf"):
-            raise UsageError(f"PBGDFree needs multiplier > 0, but got {self.multiplier}.")
-
-    def check(self, solver: InnerSolver) -> None:
-        """Refuse an inner solver whose steps are no steps along gradients of minibatches."""
-        super().check(solver)
-        plain_rate("PBGDFree", solver)
+        self.check_numbers(positive=("multiplier",))
 
     def compute(
         self,

@@ -14,13 +14,12 @@ from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem
 from bilevel.hypergradient.method import (
     Hypergradient,
-    HypergradientMethod,
     MethodState,
     describe,
     solve_without_graph,
 )
 from bilevel.hypergradient.outer import outer_gradients
-from bilevel.hypergradient.stochastic.steps import TRACKED, fall, plain_rate, slowed
+from bilevel.hypergradient.stochastic.steps import TRACKED, MinibatchSteps, fall, slowed
 from bilevel.linearisation import linearise
 from bilevel.receipt import Receipt
 from bilevel.solvers import InnerSolver
@@ -29,7 +28,7 @@ Product = Callable[[int, Tensor], Tensor]  # (number, v) -> H v on the minibatch
 
 
 @dataclass(frozen=True)
-class SampledAdjoint(HypergradientMethod):
+class SampledAdjoint(MinibatchSteps):
     """`max_steps` of the inner solver from where it was, then an adjoint by products, each with a minibatch of its own.
 
     Args:
@@ -44,18 +43,11 @@ class SampledAdjoint(HypergradientMethod):
 
     def __post_init__(self) -> None:
         """Validate the numbers."""
-        name = type(self).__name__
-        if not 0 < self.linear_learning_rate < float("inf"):
-            raise UsageError(f"{name} needs linear_learning_rate > 0, but got {self.linear_learning_rate}.")
+        self.check_numbers(positive=("linear_learning_rate",), not_negative=("exponent",))
         if not isinstance(self.num_products, int) or self.num_products < 1:
-            raise UsageError(f"{name} needs num_products to be an integer of at least 1, but got {self.num_products}.")
-        if not 0 <= self.exponent < float("inf"):
-            raise UsageError(f"{name} needs exponent >= 0, but got {self.exponent}.")
-
-    def check(self, solver: InnerSolver) -> None:
-        """Refuse an inner solver whose steps are no steps along gradients of minibatches."""
-        super().check(solver)
-        plain_rate(type(self).__name__, solver)
+            raise UsageError(
+                f"{type(self).__name__} needs num_products to be an integer of at least 1, but got {self.num_products}."
+            )
 
     def compute(
         self,

@@ -12,9 +12,9 @@ from torch import Tensor
 from bilevel.batches import StepBatches
 from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem
-from bilevel.hypergradient.method import Hypergradient, HypergradientMethod, MethodState
+from bilevel.hypergradient.method import Hypergradient, MethodState
 from bilevel.hypergradient.outer import outer_gradients
-from bilevel.hypergradient.stochastic.steps import check_single, described, fall, plain_rate
+from bilevel.hypergradient.stochastic.steps import MinibatchSteps, check_single, described, fall, plain_rate
 from bilevel.linearisation import linearise
 from bilevel.receipt import Receipt
 from bilevel.solvers import InnerSolver
@@ -42,7 +42,7 @@ class Directions(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SOBA(HypergradientMethod):
+class SOBA(MinibatchSteps):
     r"""One step of each variable at once, down unbiased estimates of the directions in which their equations are solved.
 
         D_x = ∇_x f,    D_v = ∇²_xx f v - ∇_x L,    D_θ = ∇_θ L - ∇²_θx f v
@@ -67,14 +67,10 @@ class SOBA(HypergradientMethod):
 
     def __post_init__(self) -> None:
         """Validate the numbers."""
-        name = type(self).__name__
-        if not 0 < self.linear_learning_rate < float("inf"):
-            raise UsageError(f"{name} needs linear_learning_rate > 0, but got {self.linear_learning_rate}.")
-        if not 0 <= self.exponent < float("inf"):
-            raise UsageError(f"{name} needs exponent >= 0, but got {self.exponent}.")
+        self.check_numbers(positive=("linear_learning_rate",), not_negative=("exponent",))
         if not self.warm_start:
             raise UsageError(
-                f"{name} makes one inner step from where the one before has ended: warm_start must be true."
+                f"{type(self).__name__} makes one inner step from where the one before has ended: warm_start must be true."
             )
 
     def check(self, solver: InnerSolver) -> None:

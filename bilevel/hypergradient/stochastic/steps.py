@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from bilevel.errors import UsageError
+from bilevel.hypergradient.method import HypergradientMethod
 from bilevel.solvers import GradientDescent, InnerSolver
 
 TRACKED = "params and what the hypergradient is made of follow by single steps, and are no solutions"
@@ -50,6 +51,31 @@ def plain_rate(name: str, solver: InnerSolver) -> float:
             "solver.atol=0 and solver.rtol=0."
         )
     return float(solver.learning_rate)
+
+
+@dataclass(frozen=True)
+class MinibatchSteps(HypergradientMethod):
+    """A method that makes the inner solver's steps itself, or some of them, along gradients of minibatches."""
+
+    def check(self, solver: InnerSolver) -> None:
+        """Refuse an inner solver whose steps are no steps along gradients of minibatches."""
+        super().check(solver)
+        plain_rate(type(self).__name__, solver)
+
+    def check_numbers(self, *, positive: tuple[str, ...] = (), not_negative: tuple[str, ...] = ()) -> None:
+        """Refuse settings out of their range.
+
+        Args:
+            positive: names of those above 0.
+            not_negative: names of those of at least 0.
+
+        Raises:
+            UsageError: one is not, or is not finite.
+        """
+        for name in positive + not_negative:
+            value, least = getattr(self, name), "> 0" if name in positive else ">= 0"
+            if not (0 < value if name in positive else 0 <= value) or not value < float("inf"):
+                raise UsageError(f"{type(self).__name__} needs {name} {least}, but got {value}.")
 
 
 def check_single(name: str, solver: InnerSolver) -> None:
