@@ -12,7 +12,7 @@ from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem
 from bilevel.hypergradient import Implicit
 from bilevel.linalg import ConjugateGradient, DenseCholesky
-from bilevel.problems import Distillation, RandomImages, distillation, hyper_cleaning
+from bilevel.problems import Distillation, RandomImages, distillation, fashion
 from bilevel.solvers import LBFGS, NewtonCG, run
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 def small(monkeypatch):
     """Images of 3 x 3 in place of the real ones."""
     small_images(monkeypatch, num=200)
-    monkeypatch.setattr(distillation, "load_fashion_mnist", lambda root: hyper_cleaning.load_fashion_mnist(root))
+    monkeypatch.setattr(distillation, "load_fashion_mnist", lambda root: fashion.load_fashion_mnist(root))
     monkeypatch.setattr(distillation, "SIDE", SIDE)
 
 

@@ -16,7 +16,7 @@ from bilevel.flat import FlatProblem
 from bilevel.hypergradient import Implicit
 from bilevel.linalg import ConjugateGradient, DenseCholesky
 from bilevel.models import MLP, ModuleNetwork, SoftmaxRegression
-from bilevel.problems import CleaningComparison, HyperCleaning, hyper_cleaning
+from bilevel.problems import CleaningComparison, HyperCleaning, fashion
 from bilevel.problems.hyper_cleaning import detection
 from bilevel.solvers import NewtonCG, run
 
@@ -36,7 +36,7 @@ def small_images(monkeypatch, num=80, noise=60):
         return blurred.clamp(0, 255).to(torch.uint8), labels
 
     data = FashionMNIST(*part(num), *part(num))
-    monkeypatch.setattr(hyper_cleaning, "load_fashion_mnist", lambda root: data)
+    monkeypatch.setattr(fashion, "load_fashion_mnist", lambda root: data)
 
 
 def network():
@@ -81,9 +81,9 @@ def test_wrong_labels_have_the_larger_hypergradients(monkeypatch):
 
 def test_the_splits_are_disjoint_and_as_large_as_asked_for(monkeypatch):
     small_images(monkeypatch, noise=0)
-    data = hyper_cleaning.load_fashion_mnist(None)
+    data = fashion.load_fashion_mnist(None)
     marked = torch.arange(80, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, SIDE, SIDE, 1)
-    monkeypatch.setattr(hyper_cleaning, "load_fashion_mnist", lambda root: data._replace(train_images=marked))
+    monkeypatch.setattr(fashion, "load_fashion_mnist", lambda root: data._replace(train_images=marked))
     problem = cleaning(num_train=50, num_validation=30, holdout=0.3, corruption=0.2)
     parts = [problem.x, problem.x_validation, problem.x_holdout]
     seen = torch.cat([(part[:, 0, 0, 0] * 255).round().long() for part in parts])

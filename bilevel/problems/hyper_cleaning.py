@@ -5,24 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from bilevel.constraints import Constraint, UnitInterval
-from bilevel.data import FashionMNIST, Partition, load_fashion_mnist, mislabelled
+from bilevel.data import mislabelled
 from bilevel.errors import UsageError
 from bilevel.models import Network, SoftmaxRegression
-from bilevel.problem import Problem
-from bilevel.rng import generator
+from bilevel.problems.fashion import NUM_CLASSES, FashionProblem
 from bilevel.tree import TensorDict
 
 Tensors = Mapping[str, Tensor]
-NUM_CLASSES = 10
 TRUSTED = 0.5  # an example with a weight below this is held to be labelled wrongly
 
 
-class HyperCleaning(Problem):
+class HyperCleaning(FashionProblem):
     r"""Fashion-MNIST with wrong training labels: `mean_i w_i CE_i + λ ‖x - x₀‖² / 2`, weights `w_i` between 0 and 1.
 
     A network is trained on weighted examples; the weights are learned by its loss on validation images, which are labelled
@@ -69,24 +65,12 @@ class HyperCleaning(Problem):
         """Load, split and mislabel."""
         if not penalty > 0:
             raise UsageError(f"problem.penalty was expected to be above 0, but is {penalty}.")
-        if not 0 <= holdout < 1:
-            raise UsageError(f"problem.holdout was expected to be a share from 0 to below 1, but is {holdout}.")
-        self.network = network or SoftmaxRegression()
+        super().__init__(
+            network, num_train, num_validation, holdout, batch_size, outer_batch_size, root, split_seed, seed
+        )
         self.start_weight, self.penalty_strength = start, penalty
-        data = load_fashion_mnist(root)
-        train, validation = _drawn(data, num_train, num_validation, split_seed)
-        self.x, self.y_true = _pixels(data.train_images[train]), data.train_labels[train]
+        self.y_true = self.y
         self.y = mislabelled(self.y_true, corruption, NUM_CLASSES, split_seed, 1)
-        kept = num_validation - round(holdout * num_validation)
-        if kept < 1:
-            raise UsageError(f"problem.holdout={holdout} leaves none of {num_validation} examples to the outer loss.")
-        x, y = _pixels(data.train_images[validation]), data.train_labels[validation]
-        self.x_validation, self.y_validation = x[:kept], y[:kept]
-        self.x_holdout, self.y_holdout = x[kept:], y[kept:]
-        self.x_test, self.y_test = _pixels(data.test_images), data.test_labels
-        self.origin = self.network.init(seed)
-        self.inner_batches = None if batch_size is None else Partition(num_train, batch_size, seed)
-        self.outer_batches = None if outer_batch_size is None else Partition(kept, outer_batch_size, seed + 1)
 
     @property
     def corrupted(self) -> Tensor:
@@ -97,10 +81,6 @@ class HyperCleaning(Problem):
         """The weights."""
         return {"weight": self.x.new_full((len(self.x),), self.start_weight)}
 
-    def init_params(self, hparams: Tensors) -> TensorDict:
-        """The network's starting weights."""
-        return dict(self.origin)
-
     def anchor(self, hparams: Tensors) -> tuple[float, TensorDict]:
         """The penalty, on the way from the start."""
         return self.penalty_strength, dict(self.origin)
@@ -109,38 +89,21 @@ class HyperCleaning(Problem):
         """The penalty, where the rest is convex."""
         return self.penalty_strength if isinstance(self.network, SoftmaxRegression) else None
 
-    def outputs(self, params: Tensors, hparams: Tensors, batch: Tensor | None) -> Tensor:
-        """Scores of the training examples in the batch."""
-        return self.network(params, self.x if batch is None else self.x[batch])
-
     def output_loss(self, outputs: Tensor, hparams: Tensors, batch: Tensor | None) -> Tensor:
         """Weighted cross-entropy of each of them, `(B,)`."""
-        if batch is None:
-            return hparams["weight"] * cross_entropy(outputs, self.y, reduction="none")
-        return hparams["weight"][batch] * cross_entropy(outputs, self.y[batch], reduction="none")
-
-    def outer_loss(self, params: Tensors, hparams: Tensors, batch: Tensor | None) -> Tensor:
-        """Mean cross-entropy of the validation examples in the batch."""
-        x, y = self.x_validation, self.y_validation
-        x, y = (x, y) if batch is None else (x[batch], y[batch])
-        return cross_entropy(self.network(params, x), y)
+        weight = hparams["weight"] if batch is None else hparams["weight"][batch]
+        return weight * super().output_loss(outputs, hparams, batch)
 
     def metrics(self, params: Tensors, hparams: Tensors) -> dict[str, float]:
         """How well wrong labels are found, test accuracy, and loss and accuracy of what the outer loss leaves out."""
-        with torch.no_grad():
-            found = detection(hparams["weight"], self.corrupted)
-            found["test_accuracy"] = _accuracy(self.network(params, self.x_test), self.y_test)
-            if len(self.x_holdout):
-                scores = self.network(params, self.x_holdout)
-                found["holdout_loss"] = float(cross_entropy(scores, self.y_holdout))
-                found["holdout_accuracy"] = _accuracy(scores, self.y_holdout)
-        return found
+        return detection(hparams["weight"], self.corrupted) | super().metrics(params, hparams)
 
 
 def detection(weight: Tensor, corrupted: Tensor) -> dict[str, float]:
     """Precision, recall and F1 of taking examples with weights below a half for the wrongly labelled ones.
 
     Example:
+        >>> import torch
         >>> detection(torch.tensor([0.1, 0.2, 0.9, 0.8]), torch.tensor([True, False, True, False]))
         {'precision': 0.5, 'recall': 0.5, 'f1': 0.5}
     """
@@ -151,24 +114,3 @@ def detection(weight: Tensor, corrupted: Tensor) -> dict[str, float]:
         "recall": right / max(all_wrong, 1),
         "f1": 2 * right / max(said + all_wrong, 1),
     }
-
-
-def _drawn(data: FashionMNIST, num_train: int, num_validation: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Which images are for training, and which for validation."""
-    most = len(data.train_labels)
-    if num_train < 1 or num_validation < 1 or num_train + num_validation > most:
-        raise UsageError(
-            f"problem.num_train and problem.num_validation were expected to be at least 1, and {most:,} together at most, but "
-            f"are {num_train:,} and {num_validation:,}."
-        )
-    order = torch.randperm(most, generator=generator(seed))
-    return order[:num_train], order[num_train : num_train + num_validation]
-
-
-def _accuracy(scores: Tensor, labels: Tensor) -> float:
-    return float((scores.argmax(-1) == labels).double().mean())
-
-
-def _pixels(images: Tensor) -> Tensor:
-    """From bytes to numbers from 0 to 1, `(N, 28, 28, 1)`, in float32 as the network's weights are."""
-    return images.to(torch.float32) / 255
