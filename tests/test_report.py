@@ -390,6 +390,22 @@ def test_log_scales_are_for_positive_values_that_differ(values: list[float], wor
     assert is_log_worthy(values) is worthy
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_panel_of_lines_of_which_one_wants_a_log_scale_is_drawn(order: tuple[int, int], tmp_path: Path) -> None:
+    """The least curvature over six decades, the largest hardly changed; the other way round, too."""
+    run = make_run(tmp_path / "run")
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    sides = ([10.0**-number for number in range(2, 8)], [20.0 + number for number in range(6)])
+    for number, record in enumerate(records):
+        for place, name in zip(order, ("min", "max"), strict=True):
+            record[f"receipt.curvature_{name}"] = sides[place][number]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (receipts,) = (plate for plate in plates(load_run(run)) if plate.name == "receipts")
+    (panel,) = (axes for axes in receipts.paint(LIGHT).axes if axes.get_title().startswith("curvature"))
+    assert panel.get_yscale() == "log"
+    Page(write_report(run))
+
+
 def test_both_themes_have_their_axes_in_the_same_places() -> None:
     """The layout engine is asked once: what it answers is where the other theme's axes are put."""
     from bilevel.report.style import DARK, LIGHT, Plate, blank, draw_in

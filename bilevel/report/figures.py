@@ -150,7 +150,6 @@ def _paint_trajectories(run: Run, panels: Sequence[Sequence[str]], bands: frozen
             continue
         for line, key in enumerate(keys):
             curve(panel, run, key, theme.series[line % len(theme.series)], key.removeprefix("hparams."))
-        log_axis(panel, numpy.concatenate([run.series(key)[1] for key in keys]))
         if len(keys) > 1:
             panel.legend(loc="best", handlelength=1.2)
         panel.set_title(keys[0].removeprefix("hparams.") if len(keys) == 1 else "single hyperparameters")

@@ -17,11 +17,11 @@ __all__ = ["curve", "grid", "picture", "step_axis"]
 
 
 def curve(panel: Axes, run: Run, key: str, colour: str, label: str | None = None) -> None:
-    """One line of the run's records over its outer steps; the axis is logarithmic where that shows more."""
+    """One line of the run's records over its outer steps; the axis is logarithmic where that shows all of its lines better."""
     steps, values = run.series(key)
     values = numpy.where(numpy.isfinite(values), values, numpy.nan)
     panel.plot(steps, values, color=colour, label=label, marker="o" if steps.size < 15 else None, markersize=2.6)
-    log_axis(panel, values)
+    log_axis(panel, numpy.concatenate([numpy.asarray(line.get_ydata(), dtype=float) for line in panel.lines]))
     step_axis(panel, run)
 
 

@@ -134,6 +134,7 @@ def log_axis(axes: Axes, values: Sequence[float] | numpy.ndarray[Any, Any]) -> N
             axes.yaxis.set_major_formatter(lambda value, _: power_of_ten(value))
         axes.yaxis.set_minor_locator(NullLocator())  # their ticks have no length, and take as long to draw as others
     else:
+        axes.set_yscale("linear")
         axes.yaxis.set_major_locator(MaxNLocator(5))
 
 
