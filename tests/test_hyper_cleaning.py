@@ -131,22 +131,24 @@ class TestComparison:
         return found
 
     def test_learners_are_scikit_learns(self, monkeypatch):
-        """Several at once, each on some of the examples and with a penalty of its own, are what it fits one by one."""
+        """Several at once, each with weights of the examples and a penalty of its own, are what it fits one by one."""
         small_images(monkeypatch)
         problem = cleaning(num_train=70, num_validation=10)
-        members = torch.rand(3, 70, generator=torch.Generator().manual_seed(1)) < 0.8
+        members = (torch.rand(3, 70, generator=torch.Generator().manual_seed(1)) - 0.2).clamp(min=0.0)
+        members[0] = (members[0] > 0).double()
         penalties = torch.tensor([0.1, 0.01, 0.03])
         found = self.comparison(problem)._trained(problem.x, problem.y, members, penalties)
-        for chosen, penalty, weight, bias in zip(members, penalties, found["weight"], found["bias"], strict=True):
+        for member, penalty, weight, bias in zip(members, penalties, found["weight"], found["bias"], strict=True):
+            chosen = member > 0
             x = torch.cat([problem.x.flatten(1), torch.ones(70, 1)], 1)[chosen]  # the intercept is penalised, too
             model = LogisticRegression(
-                C=1 / (int(chosen.sum()) * float(penalty)),
+                C=1 / float(member.sum() * penalty),
                 fit_intercept=False,
                 solver="newton-cg",
                 tol=1e-10,
                 max_iter=1000,
             )
-            model.fit(x.numpy(), problem.y[chosen].numpy())
+            model.fit(x.numpy(), problem.y[chosen].numpy(), sample_weight=member[chosen].numpy())
             ours = torch.cat([weight, bias.unsqueeze(-1)], 1).numpy()[model.classes_]
             expected = model.coef_
             np.testing.assert_allclose(ours, expected, atol=1e-5)
@@ -167,11 +169,12 @@ class TestComparison:
     def test_floor_and_ceiling_are_what_they_are_called(self, monkeypatch):
         small_images(monkeypatch)
         problem = cleaning()
-        weight = (~problem.corrupted).double()  # a perfect cleaning
-        weight[~problem.corrupted.nonzero()[0]] = 1.0
-        found = self.comparison(problem, num_points=2, num_folds=2).learners((~problem.corrupted).double())
+        perfect = (~problem.corrupted).double()
+        found = self.comparison(problem, num_points=2, num_folds=2).learners(perfect)
         assert [(one.size, one.num_wrong) for one in found] == [(30, 15), (20, 0), (50, 15), (35, 0), (35, 0)]
         assert found[3].accuracy == found[4].accuracy and found[3].penalty == found[4].penalty
+        halved = self.comparison(problem, num_points=2, num_folds=2).learners(perfect / 2 + 0.25)
+        assert (halved[3].size, halved[3].num_wrong) == (20 + 15 * 0.75 + 15 * 0.25, 15 * 0.25)
 
     def test_the_penalty_is_the_one_with_the_most_validation_examples_right(self, monkeypatch):
         small_images(monkeypatch)

@@ -1,4 +1,4 @@
-"""What hyper-cleaning is worth: training without what it suspects, beside training with all and without what is wrong."""
+"""What hyper-cleaning is worth: training by the weights it found, beside training with all and without what is wrong."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from bilevel.data.fashion_mnist import CLASSES
 from bilevel.errors import UsageError
-from bilevel.problems.hyper_cleaning import TRUSTED, HyperCleaning, detection
+from bilevel.problems.hyper_cleaning import HyperCleaning, detection
 from bilevel.solvers import LBFGS, Objective, run
 from bilevel.tree import Layout, TensorDict
 
@@ -28,27 +28,27 @@ class Learner(NamedTuple):
 
     Attributes:
         name: what it was trained on.
-        size: number of examples.
+        size: number of examples, those with a weight counted by it.
         num_wrong: of them, labelled wrongly.
         penalty: the best one.
         accuracy: on the test images.
     """
 
     name: str
-    size: int
-    num_wrong: int
+    size: float
+    num_wrong: float
     penalty: float
     accuracy: float
 
 
 class CleaningComparison:
-    """A callback that trains on the cleaned examples after a run, and on what there was without cleaning.
+    """A callback that trains by the learned weights after a run, and on what there was without cleaning.
 
     Learners are trained on the training examples as they are, on the validation examples, on both (the floor), on the
-    validation examples with those training examples that weights trust (`cleaned`), and with those that are labelled rightly
-    (the ceiling, which nobody knows), with the loss `mean CE + λ ‖x - x₀‖² / 2`. Each has its best `λ` of a grid: the one with
-    the most validation examples right, each by the learner of a fold that was trained without it. The summary gets a table,
-    and the share of the gap from floor to ceiling that cleaning closes.
+    validation examples with each training example as its weight has it (`cleaned`), and with those that are labelled rightly
+    (the ceiling, which nobody knows), with the loss `mean CE + λ ‖x - x₀‖² / 2`, the mean weighted. Each has its best `λ` of a
+    grid: the one with the most validation examples right, each by the learner of a fold that was trained without it. The
+    summary gets a table, and the share of the gap from floor to ceiling that cleaning closes.
 
     Args:
         num_points: size of the grid.
@@ -113,7 +113,7 @@ class CleaningComparison:
             "name": "training with and without cleaning, each with its best penalty",
             "columns": ["trained on", "examples", "labelled wrongly", "penalty", "test accuracy"],
             "rows": [
-                [one.name, f"{one.size:,}", f"{one.num_wrong:,}", f"{one.penalty:.1e}", f"{one.accuracy:.4f}"]
+                [one.name, f"{one.size:,.0f}", f"{one.num_wrong:,.0f}", f"{one.penalty:.1e}", f"{one.accuracy:.4f}"]
                 for one in learners
             ],
         }
@@ -126,43 +126,43 @@ class CleaningComparison:
         Args:
             weight: of the training examples, `(N,)`.
         """
-        corrupted = self.problem.corrupted
-        everything = torch.ones_like(corrupted)
+        everything, right = torch.ones_like(weight), (~self.problem.corrupted).to(weight)
         return [
             self._learner("all as labelled", everything, validation=False),
-            self._learner("validation", ~everything),
+            self._learner("validation", 0 * everything),
             self._learner("validation, all as labelled (floor)", everything),
-            self._learner("validation, all that are trusted (cleaned)", weight >= TRUSTED),
-            self._learner("validation, all that are right (ceiling)", ~corrupted),
+            self._learner("validation, all by their weights (cleaned)", weight),
+            self._learner("validation, all that are right (ceiling)", right),
         ]
 
-    def _learner(self, name: str, chosen: Tensor, *, validation: bool = True) -> Learner:
+    def _learner(self, name: str, weight: Tensor, *, validation: bool = True) -> Learner:
         problem, penalties = self.problem, self.penalties.to(self.problem.x)
         new_x = torch.cat([problem.x_validation, problem.x_holdout])
         new_y = torch.cat([problem.y_validation, problem.y_holdout])
+        chosen = weight > 0
         x, y = torch.cat([problem.x[chosen], new_x]), torch.cat([problem.y[chosen], new_y])
         fold = torch.arange(len(new_y), device=y.device) % self.num_folds
         left_out = torch.stack([fold == number for number in range(self.num_folds)])  # (F, V)
         if not validation:
             left_out = torch.ones_like(left_out[:1])
-        members = torch.cat([left_out.new_ones(len(left_out), len(y) - len(new_y)), ~left_out], 1)  # (F, N)
+        members = torch.cat([weight[chosen].expand(len(left_out), -1), (~left_out).to(weight)], 1)  # (F, N)
         params = self._trained(
             x, y, members.repeat(len(penalties), 1), penalties.repeat_interleave(len(members))
         )  # all penalties and folds at once
         right = self._is_right(params, new_x, new_y).unflatten(0, (-1, len(members))) & left_out  # (P, F, V)
         best = penalties[right.sum((1, 2)).argmax()].reshape(1)
-        final = members.any(0, keepdim=True)
+        final = members.amax(0, keepdim=True)
         params = self._trained(x, y, final, best)
         accuracy = self._is_right(params, problem.x_test, problem.y_test).double().mean()
-        return Learner(name, int(final.sum()), int(problem.corrupted[chosen].sum()), float(best), float(accuracy))
+        return Learner(name, float(final.sum()), float(weight[problem.corrupted].sum()), float(best), float(accuracy))
 
     def _trained(self, x: Tensor, y: Tensor, members: Tensor, penalties: Tensor) -> TensorDict:
-        """Weights of networks that are trained side by side, each on some of the examples and with a penalty of its own.
+        """Weights of networks that are trained side by side, each on examples weighted otherwise and with a penalty of its own.
 
         Args:
             x: inputs `(N, ...)`.
             y: classes `(N,)`.
-            members: whose examples are which, `(B, N)`.
+            members: the weights of the examples for each, `(B, N)`.
             penalties: `(B,)`.
         """
         origin, layout = self.problem.origin, Layout.of(self.problem.origin)
