@@ -15,7 +15,6 @@ import argparse
 import sys
 import time
 import warnings
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,41 +24,15 @@ import torch
 from scipy.sparse import csr_array
 
 from benchmarks.commands import Keys, completed, of_this_code
-from benchmarks.common import Claim, Row, experiment_parts, finish, interleaved, parse, table
+from benchmarks.common import Claim, Row, finish, parse, table
+from benchmarks.granularity import outer_steps
 from benchmarks.kept import fingerprint
 from bilevel.problems import TextPenalties
 from bilevel.problems.digits_grid import sklearn_c
 from bilevel.sparse import SparseMatrix
-from bilevel.trainer.setup import set_up
 
 GRANULARITIES = ("shared", "per_feature", "per_weight")
 QUICK: Keys = {"problem.num_texts": 1500, "trainer.num_steps": 2, "threads": 1}
-
-
-def step_seconds(keys: Keys, rounds: int) -> list[Row]:
-    """Time of a whole outer step at the starting penalties, from the starting weights, for each number of penalties."""
-    steps, numbers = {}, {}
-    for kind in GRANULARITIES:
-        words = [f"{key}={value}" for key, value in {**keys, "problem.penalty": kind}.items()]
-        parts = experiment_parts("text_penalties", *words)
-        setup, state = set_up(parts.problem, parts.solver, parts.hypergradient, parts.optimizer, parts.scheduler)
-        numbers[kind] = sum(value.numel() for value in state.raw.values())
-        steps[kind] = partial(_step, parts, setup, state, state.save())
-    seconds = interleaved(steps, rounds)
-    return [
-        {
-            "what": "outer step",
-            "penalties": numbers[kind],
-            "seconds": taken,
-            "over one penalty": taken / seconds["shared"],
-        }
-        for kind, taken in seconds.items()
-    ]
-
-
-def _step(parts: Any, setup: Any, state: Any, saved: Any) -> None:
-    state.load(saved)
-    parts.trainer.step(setup, state)
 
 
 def grid(problem: TextPenalties, penalties: np.ndarray) -> list[Row]:
@@ -87,7 +60,7 @@ def grid(problem: TextPenalties, penalties: np.ndarray) -> list[Row]:
         rows.append(
             {
                 "what": "scikit-learn",
-                "penalties": 1,
+                "hyperparameters": 1,
                 "penalty": float(penalty),
                 "seconds": seconds,
                 "validation loss": sum(losses) / sum(sizes),
@@ -112,7 +85,7 @@ def ours(summary: dict[str, Any], problem: TextPenalties) -> Row:
     losses = best["outer_loss"], best["metrics.holdout_loss"]
     return {
         "what": f"experiment=text_penalties, step {best['step']} of {summary['num_steps']}",
-        "penalties": summary["num_hparams"],
+        "hyperparameters": summary["num_hparams"],
         "seconds": summary["wall_seconds"],
         "validation loss": float(np.average(losses, weights=sizes)),
         "left out": losses[1],
@@ -129,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(str(__doc__).splitlines()[0], argv, device=False, parents=[own])
     keys: Keys = {"problem.split_seed": options.split_seed, **(QUICK if options.quick else {})}
     penalties = np.geomspace(1e-4, 1e-7, 3 if options.quick else 20)
-    rows = step_seconds(keys, rounds=1 if options.quick else 3)
+    rows = outer_steps("text_penalties", "problem.penalty", GRANULARITIES, keys, rounds=1 if options.quick else 3)
     print(table(rows), flush=True)
     settings = {name.removeprefix("problem."): value for name, value in keys.items() if name.startswith("problem.")}
     problem = TextPenalties(**settings)  # type: ignore[arg-type]  # the keys are its arguments
@@ -140,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     fitted = grid(problem.to(dtype=torch.float64), penalties)
     print(table([*rows, trained, *fitted]))
     claims = [
-        Claim("step with a penalty for each word and class over that with one", rows[-1]["over one penalty"], 1.2),
+        Claim("step with a penalty for each word and class over that with one", rows[-1]["over one"], 1.2),
         Claim("peak memory of the run, GB", trained["GB"], 4.0),
         Claim(
             "test accuracy over the largest of the grid",

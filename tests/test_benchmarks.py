@@ -23,7 +23,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 QUICK = [  # not meta_accuracy, which is a dozen processes: its own parts are tested below
     *("operators", "hypergradient", "memory", "meta_gradient", "meta_memory", "meta_step", "meta_sinusoid"),
-    *("meta_omniglot", "hyper_cleaning", "text_penalties", "distillation"),
+    *("meta_omniglot", "hyper_cleaning", "text_penalties", "distillation", "weight_decay", "stochastic"),
+    "reweighting",
 ]
 
 
@@ -32,7 +33,7 @@ def quick(request, tmp_path_factory):
     """Name, output and JSON content of one benchmark, run as a user does; it leaves the committed results alone."""
     if request.param == "meta_omniglot":
         request.getfixturevalue("omniglot_root")
-    if request.param in ("hyper_cleaning", "distillation"):
+    if request.param in ("hyper_cleaning", "distillation", "weight_decay", "stochastic", "reweighting"):
         request.getfixturevalue("fashion_mnist")
     if request.param == "text_penalties":
         request.getfixturevalue("wordnet")
@@ -54,11 +55,15 @@ ROWS = {
     "meta_step": {"meta-step", "seconds", "over ours"},
     "meta_sinusoid": {"experiment", "seed"},
     "meta_omniglot": {"run", "accuracy", "95 %", "floor", "outer steps", "minutes"},
-    "text_penalties": {"what", "penalties", "seconds"},
+    "text_penalties": {"what", "hyperparameters", "seconds"},
+    "weight_decay": {"what", "hyperparameters", "seconds"},
+    "reweighting": {"imbalance", "learned", "equal", "difference", "95 %"},
+    "stochastic": {"method", "trained anew", "over the deterministic", "f1", "gradients", "seconds"},
     "distillation": {"images", "seed", "distilled", "real", "the largest of them", "minutes"},
     "hyper_cleaning": {"seed", "floor", "cleaned", "ceiling", "f1", "minutes"},
 }
 MAY_VANISH = {"seed", "f1", "95 %", "difference", "loop", "largest error over bound"}
+SIGNED = {"over the deterministic", "difference"}
 
 
 def test_quick_measures_everything_and_judges_nothing(quick):
@@ -68,7 +73,7 @@ def test_quick_measures_everything_and_judges_nothing(quick):
     assert measured
     for row in measured:
         assert ROWS[name] <= row.keys(), row
-        figures = {key: value for key, value in row.items() if isinstance(value, int | float)}
+        figures = {key: value for key, value in row.items() if isinstance(value, int | float) and key not in SIGNED}
         assert figures and all(math.isfinite(figure) and figure >= 0 for figure in figures.values()), row
         assert all(figures[key] > 0 for key in figures.keys() - MAY_VANISH), row
         assert all(str(value) in out for value in row.values() if isinstance(value, str)), row

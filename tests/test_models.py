@@ -226,6 +226,16 @@ def test_a_module_is_a_network_of_one_task():
     assert not network.handles_tasks and set(network.init(0)) == {name for name, _ in module.named_parameters()}
 
 
+def test_a_perceptron_takes_images_as_vectors():
+    network, images = MLP(12, 3, (5,)), torch.rand(7, 2, 2, 3)
+    params = network.init(0)
+    torch.testing.assert_close(network(params, images), network(params, images.flatten(1)), rtol=0, atol=0)
+    many = {name: torch.stack([value, 2 * value]) for name, value in params.items()}
+    both = network(many, images.expand(2, -1, -1, -1, -1))
+    assert both.shape == (2, 7, 3)
+    torch.testing.assert_close(both[0], network(params, images))
+
+
 MISTAKES = [
     (lambda: Conv4(0), r"Conv4 needs num_outputs >= 1, an integer, but got 0\."),
     (lambda: Conv4(5, num_filters=2.5), "Conv4 needs num_filters >= 1, an integer, but got 2.5"),

@@ -8,7 +8,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from bilevel.errors import UsageError
-from bilevel.models.network import Activation, FeatureNetwork, Params, activation_of, linear_weights
+from bilevel.models.network import Activation, FeatureNetwork, Params, activation_of, as_vectors, linear_weights
 from bilevel.tree import TensorDict
 
 
@@ -16,7 +16,7 @@ class MLP(FeatureNetwork):
     """Linear layers with an activation between them; the last one is the head.
 
     Args:
-        num_inputs: numbers in an input.
+        num_inputs: numbers in an input, whatever its shape.
         num_outputs: numbers in an output.
         hidden: widths of the layers between.
         activation: a function of `torch.nn.functional`, by its name.
@@ -54,15 +54,15 @@ class MLP(FeatureNetwork):
         """The activations of the last hidden layer, `(*batch, N, D)`.
 
         Raises:
-            UsageError: inputs are no vectors of the first layer's width.
+            UsageError: inputs have another number of entries than the first layer takes.
         """
         batched = [value.ndim for name, value in params.items() if name.endswith(".weight") and value.ndim > 2]
-        if inputs.shape[-1] != self.widths[0] or (batched and inputs.ndim != batched[0]):
+        x = as_vectors(inputs, self.widths[0])
+        if x is None or (batched and x.ndim != batched[0]):
             raise UsageError(
                 f"MLP takes inputs of shape (tasks, examples, {self.widths[0]}), by model.num_inputs, but they have shape "
                 f"{tuple(inputs.shape)}: images want a convolutional network, model=conv4 or model=resnet12."
             )
-        x = inputs
         for layer in range(len(self.widths) - 1):
             x = x @ params[f"layer{layer}.weight"].mT + params[f"layer{layer}.bias"].unsqueeze(-2)
             x = self.activation(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -93,6 +94,19 @@ class ModuleNetwork(Network):
         images = inputs.movedim(-1, -3) if inputs.ndim == 4 else inputs
         outputs: Tensor = functional_call(self.module, dict(params), (images,))
         return outputs
+
+
+def as_vectors(inputs: Tensor, size: int) -> Tensor | None:
+    """Inputs as `(*batch, N, size)`: the last dimensions, as many as hold so many numbers, become one; None: none do.
+
+    Example:
+        >>> as_vectors(torch.ones(5, 2, 2, 3), 12).shape
+        torch.Size([5, 12])
+    """
+    for first in range(inputs.ndim - 1, 0, -1):
+        if math.prod(inputs.shape[first:]) == size:
+            return inputs.flatten(first)
+    return None
 
 
 def activation_of(name: str | Activation) -> Activation:

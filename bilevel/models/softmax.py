@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from bilevel.errors import UsageError
-from bilevel.models.network import Network, Params
+from bilevel.models.network import Network, Params, as_vectors
 from bilevel.tree import TensorDict
 
 
@@ -45,20 +43,15 @@ class SoftmaxRegression(Network):
         Raises:
             UsageError: inputs have another number of entries.
         """
-        x, weight, bias = self._vectors(inputs), params["weight"], params["bias"]
+        x, weight, bias = as_vectors(inputs, self.num_inputs), params["weight"], params["bias"]
+        if x is None:
+            raise UsageError(
+                f"SoftmaxRegression takes inputs of {self.num_inputs} numbers (model.num_inputs), but they have shape "
+                f"{tuple(inputs.shape)}."
+            )
         if x.ndim == 2:
             # One product for all. Not `x @ weight.mT`, whose backward pass multiplies the transposed inputs: that takes
             # three times as long.
             scores = linear(x, weight.flatten(0, -2), bias.flatten())  # (N, batch O)
             return scores.unflatten(-1, bias.shape).movedim(0, -2)
         return x @ weight.mT + bias.unsqueeze(-2)
-
-    def _vectors(self, inputs: Tensor) -> Tensor:
-        """Inputs as `(*batch, N, I)`: the last dimensions, as many as hold so many numbers, become one."""
-        for first in range(inputs.ndim - 1, 0, -1):
-            if math.prod(inputs.shape[first:]) == self.num_inputs:
-                return inputs.flatten(first)
-        raise UsageError(
-            f"SoftmaxRegression takes inputs of {self.num_inputs} numbers (model.num_inputs), but they have shape "
-            f"{tuple(inputs.shape)}."
-        )

@@ -6,8 +6,11 @@ from bilevel.problems.digits_grid import DigitsGrid
 from bilevel.problems.distillation import Distillation
 from bilevel.problems.hyper_cleaning import HyperCleaning
 from bilevel.problems.random_images import RandomImages
+from bilevel.problems.reweighting import Reweighting
 from bilevel.problems.text_penalties import TextPenalties
 from bilevel.problems.text_words import TextWords
+from bilevel.problems.weight_decay import WeightDecay
+from bilevel.problems.weighting_comparison import WeightingComparison
 
 __all__ = [
     "CleaningComparison",
@@ -17,6 +20,9 @@ __all__ = [
     "Distillation",
     "HyperCleaning",
     "RandomImages",
+    "Reweighting",
     "TextPenalties",
     "TextWords",
+    "WeightDecay",
+    "WeightingComparison",
 ]

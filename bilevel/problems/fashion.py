@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,52 +20,59 @@ Tensors = Mapping[str, Tensor]
 NUM_CLASSES = 10
 
 
+class Splits(NamedTuple):
+    """Which of the 60,000 images for training a problem trains on, and which it validates on.
+
+    Attributes:
+        data: all images.
+        train: numbers of the training images.
+        validation: numbers of the validation images.
+    """
+
+    data: FashionMNIST
+    train: Tensor
+    validation: Tensor
+
+
 class FashionProblem(Problem):
     """A network that is trained on some images, and judged by others in the outer loss; derived classes say what is learned.
 
     Args:
         network: what is trained; None is softmax regression.
-        num_train: training images.
-        num_validation: validation images; they and the training images are drawn from the 60,000 images for training.
+        splits: which images are for what.
         holdout: share of the validation images that the outer loss leaves out; the metric `holdout_loss` is theirs.
         batch_size: training images in a minibatch; None takes all.
         outer_batch_size: validation images in one of the outer loss; None takes all.
-        root: the data folder; None takes the variable BILEVEL_DATA, or a cache folder in the user's home.
-        split_seed: of the split.
         seed: of the starting weights and of the minibatches.
 
     Raises:
-        UsageError: there are not so many images, or a number is out of its range.
+        UsageError: a number is out of its range.
     """
 
     def __init__(
         self,
         network: Network | None,
-        num_train: int,
-        num_validation: int,
+        splits: Splits,
         holdout: float,
         batch_size: int | None,
         outer_batch_size: int | None,
-        root: str | None,
-        split_seed: int,
         seed: int,
     ) -> None:
-        """Load and split."""
+        """Take the images apart."""
         if not 0 <= holdout < 1:
             raise UsageError(f"problem.holdout was expected to be a share from 0 to below 1, but is {holdout}.")
         self.network = network or SoftmaxRegression()
-        data = load_fashion_mnist(root)
-        train, validation = _drawn(data, num_train, num_validation, split_seed)
-        kept = num_validation - round(holdout * num_validation)
+        data, train, validation = splits
+        kept = len(validation) - round(holdout * len(validation))
         if kept < 1:
-            raise UsageError(f"problem.holdout={holdout} leaves none of {num_validation} examples to the outer loss.")
+            raise UsageError(f"problem.holdout={holdout} leaves none of {len(validation)} examples to the outer loss.")
         self.x, self.y = pixels(data.train_images[train]), data.train_labels[train]
         x, y = pixels(data.train_images[validation]), data.train_labels[validation]
         self.x_validation, self.y_validation = x[:kept], y[:kept]
         self.x_holdout, self.y_holdout = x[kept:], y[kept:]
         self.x_test, self.y_test = pixels(data.test_images), data.test_labels
         self.origin = self.network.init(seed)
-        self.inner_batches = None if batch_size is None else Partition(num_train, batch_size, seed)
+        self.inner_batches = None if batch_size is None else Partition(len(train), batch_size, seed)
         self.outer_batches = None if outer_batch_size is None else Partition(kept, outer_batch_size, seed + 1)
 
     def init_params(self, hparams: Tensors) -> TensorDict:
@@ -106,8 +114,19 @@ def pixels(images: Tensor) -> Tensor:
     return images.to(torch.float32) / 255
 
 
-def _drawn(data: FashionMNIST, num_train: int, num_validation: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Which images are for training, and which for validation."""
+def drawn(num_train: int, num_validation: int, root: str | None, seed: int) -> Splits:
+    """Training and validation images at random.
+
+    Args:
+        num_train: training images.
+        num_validation: validation images.
+        root: the data folder, see `load_fashion_mnist`.
+        seed: of the draw.
+
+    Raises:
+        UsageError: there are not so many images.
+    """
+    data = load_fashion_mnist(root)
     most = len(data.train_labels)
     if num_train < 1 or num_validation < 1 or num_train + num_validation > most:
         raise UsageError(
@@ -115,4 +134,45 @@ def _drawn(data: FashionMNIST, num_train: int, num_validation: int, seed: int) -
             f"are {num_train:,} and {num_validation:,}."
         )
     order = torch.randperm(most, generator=generator(seed))
-    return order[:num_train], order[num_train : num_train + num_validation]
+    return Splits(data, order[:num_train], order[num_train : num_train + num_validation])
+
+
+def long_tailed(imbalance: float, num_most: int, num_validation: int, root: str | None, seed: int) -> Splits:
+    """As many validation images of each class, and training images that are fewer from class to class.
+
+    Class `c` of `C` has `num_most imbalance^(-c / (C - 1))` training images, rounded down: the first one `imbalance` times as
+    many as the last one.
+
+    Args:
+        imbalance: ratio of the largest and the smallest class.
+        num_most: training images of the largest class.
+        num_validation: validation images of each class.
+        root: the data folder, see `load_fashion_mnist`.
+        seed: of the draw.
+
+    Raises:
+        UsageError: there are not so many images, or a class has none.
+
+    Reference: Cui, Jia, Lin, Song and Belongie (2019), "Class-balanced loss based on effective number of samples".
+    """
+    data = load_fashion_mnist(root)
+    if not 1 <= imbalance <= num_most or num_validation < 1:
+        raise UsageError(
+            "problem.imbalance was expected to be from 1 to problem.num_most, and problem.num_validation at least 1, but they "
+            f"are {imbalance}, {num_most:,} and {num_validation:,}."
+        )
+    order = torch.randperm(len(data.train_labels), generator=generator(seed))
+    train, validation = [], []
+    for label in range(NUM_CLASSES):
+        members = order[data.train_labels[order] == label]
+        number = int(num_most * imbalance ** (-label / (NUM_CLASSES - 1)))
+        if number + num_validation > len(members):
+            raise UsageError(
+                f"class {label} has {len(members):,} images, but problem.num_most={num_most:,} and problem.num_validation="
+                f"{num_validation:,} want {number + num_validation:,} of them."
+            )
+        validation.append(members[:num_validation])
+        train.append(members[num_validation : num_validation + number])
+    mixed = torch.cat(validation)  # so that a hold-out, the last ones, has all classes
+    mixed = mixed[torch.randperm(len(mixed), generator=generator(seed, 1))]
+    return Splits(data, torch.cat(train), mixed)

@@ -11,7 +11,7 @@ from bilevel.constraints import Constraint, UnitInterval
 from bilevel.data import mislabelled
 from bilevel.errors import UsageError
 from bilevel.models import Network, SoftmaxRegression
-from bilevel.problems.fashion import NUM_CLASSES, FashionProblem
+from bilevel.problems.fashion import NUM_CLASSES, FashionProblem, drawn
 from bilevel.tree import TensorDict
 
 Tensors = Mapping[str, Tensor]
@@ -65,9 +65,8 @@ class HyperCleaning(FashionProblem):
         """Load, split and mislabel."""
         if not penalty > 0:
             raise UsageError(f"problem.penalty was expected to be above 0, but is {penalty}.")
-        super().__init__(
-            network, num_train, num_validation, holdout, batch_size, outer_batch_size, root, split_seed, seed
-        )
+        splits = drawn(num_train, num_validation, root, split_seed)
+        super().__init__(network, splits, holdout, batch_size, outer_batch_size, seed)
         self.start_weight, self.penalty_strength = start, penalty
         self.y_true = self.y
         self.y = mislabelled(self.y_true, corruption, NUM_CLASSES, split_seed, 1)

@@ -22,6 +22,7 @@ from bilevel.report.load import Run
 from bilevel.report.panels import curve, grid, step_axis
 from bilevel.report.receipts import receipts
 from bilevel.report.style import WIDTH, Plate, Theme, blank, is_log_worthy, log_axis
+from bilevel.report.weighting import weighting
 from bilevel.report.words import words
 from bilevel.tracking.format import number
 
@@ -36,7 +37,19 @@ MIN_IMAGE = 16  # pixels: below that a square trailing size is a coincidence
 
 def plates(run: Run) -> list[Plate]:
     """The figures that the run's files can fill, in reading order."""
-    makers = (_losses, adaptation, trust, words, distilled, _metrics, _trajectories, _histograms, _images, receipts)
+    makers = (
+        _losses,
+        adaptation,
+        trust,
+        words,
+        distilled,
+        weighting,
+        _metrics,
+        _trajectories,
+        _histograms,
+        _images,
+        receipts,
+    )
     return [plate for maker in makers for plate in maker(run)]
 
 
@@ -201,9 +214,7 @@ def _paint_histograms(tensors: dict[str, NDArray[Any]], theme: Theme) -> Figure:
 def _images(run: Run) -> list[Plate]:
     """A heat map for every tensor whose trailing size is a square, as pixels of an image are."""
     found: list[Plate] = []
-    if (
-        is_few_shot(run) or run.examples or run.summary.get("words")
-    ):  # those of a network, examples or words are no images
+    if is_few_shot(run) or run.examples or {"words", "weighting"} & run.summary.keys():  # of these none are images
         return found
     for name, values in run.hparams.items():
         size = values.shape[-1] if values.ndim else 1
