@@ -6,8 +6,8 @@ The deterministic method is the experiment `hyper_cleaning` as shipped, the othe
 below. Methods differ in how close their params are to the inner solution, and some hold params that validation examples have
 moved; so weights are compared by what is trained with them: the inner problem is solved anew to convergence, and its solution
 judged on the test images (`trained anew`; `as they are` are the run's own params). What a run costs is counted in gradients of
-single examples: inner gradients and products with the inner Hessian times the examples of an inner batch, with one product of
-mixed derivatives for each outer step, and evaluations of the outer loss times those of an outer batch.
+single examples: inner gradients and products with the inner Hessian times the examples of an inner batch, with the products
+of mixed derivatives, and evaluations of the outer loss times those of an outer batch.
 
 PBGD-Free moves hyperparameters by the outer loss's direct derivative alone, which is zero for weights of training examples: it
 has no row, since the library refuses it here.
@@ -30,6 +30,7 @@ from torch import Tensor
 from benchmarks.common import Claim, Row, experiment_parts, finish, parse, table
 from bilevel import fit
 from bilevel.flat import FlatProblem
+from bilevel.hypergradient import SOBA, HypergradientMethod
 from bilevel.problems import HyperCleaning
 from bilevel.solvers import LBFGS, run
 from bilevel.tree import TensorDict
@@ -114,12 +115,14 @@ class Counter:
 
     Attributes:
         problem: its outer loss is counted.
+        method: what makes the products.
         outer: evaluations so far.
         inner: evaluations of inner gradients and products so far.
         spent: gradients of single examples by each step.
     """
 
     problem: HyperCleaning
+    method: HypergradientMethod
 
     def __post_init__(self) -> None:
         self.outer = self.inner = 0
@@ -138,7 +141,12 @@ class Counter:
 
     def on_step(self, record: dict[str, Any], hparams: dict[str, Tensor]) -> None:
         """Count, at the sizes of the batches."""
-        self.inner += 1 + sum(record[f"receipt.{name}"] for name in ("inner_gradients", "inner_products", "products"))
+        gradients, products = (
+            sum(record[f"receipt.{name}"] for name in names)
+            for names in (("inner_gradients",), ("inner_products", "products"))
+        )
+        mixed = products if isinstance(self.method, SOBA) else min(products, 1)  # penalty methods make no products
+        self.inner += gradients + products + mixed
         problem = self.problem
         sizes = [
             len(whole) if batches is None else len(batches(record["step"], 0))
@@ -157,8 +165,8 @@ class Run:
     Attributes:
         history: records of the outer steps.
         spent: gradients of single examples by each of them.
-        anew: test accuracy of the inner solution for the last weights.
-        seconds: wall time of the loop.
+        anew: test accuracy of the inner solution for the run's best weights (with minibatches the latest).
+        seconds: wall time of the run, its metrics included.
     """
 
     history: list[dict[str, Any]]
@@ -183,10 +191,11 @@ def measure(method: str, seed: int, *keys: str) -> Run:
     )
     problem = parts.problem
     assert isinstance(problem, HyperCleaning)
-    counter = Counter(problem)
+    counter = Counter(problem, parts.hypergradient)
     begun = time.perf_counter()
     found = fit(problem, **{**parts.keywords, "callbacks": [counter]}, seed=seed)
-    return Run(found.history, counter.spent, trained_anew(problem, found.hparams), time.perf_counter() - begun)
+    seconds = time.perf_counter() - begun
+    return Run(found.history, counter.spent, trained_anew(problem, found.hparams), seconds)
 
 
 def row_of(method: str, runs: list[Run], reference: list[Run]) -> Row:

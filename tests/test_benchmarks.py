@@ -14,6 +14,8 @@ import torch
 from benchmarks.common import Claim, experiment_parts, finish, interleaved, machine, parse, table
 from benchmarks.meta_accuracy import differences, fitting
 from benchmarks.meta_omniglot import PAPER, RUNS
+from benchmarks.stochastic import QUICK as STOCHASTIC_QUICK
+from benchmarks.stochastic import measure
 from benchmarks.tuning import AUTO, CG, FEWER, Mean, Runs, Setting, claims_of, compare, tune
 from bilevel.errors import UsageError
 
@@ -138,6 +140,26 @@ def test_the_committed_results_keep_the_contract(name):
         assert claim.keys() >= {"name", "figure", "target", "met"}
         judged = {key: claim[key] for key in ("name", "figure", "target")}
         assert claim["met"] is Claim(**judged, at_least=claim.get("at_least", False)).met
+
+
+@pytest.mark.usefixtures("fashion_mnist")
+@pytest.mark.parametrize(
+    ("method", "inner", "outer"),
+    [
+        ("soba", [3, 3], [1, 1]),  # a gradient, a product, a mixed one
+        (
+            "saba",
+            [3 * (4 + 1), 3],
+            [2 + 1, 1],
+        ),  # the first step fills the table, with four inner and two outer minibatches
+        ("f2sa", [4, 4], [2, 2]),  # one step of each sequence, and the comparison
+        ("amigo", [5 + 10 + 10 + 1 + 1] * 2, [1, 1]),  # each product has its gradient's graph, and so has the mixed one
+    ],
+)
+def test_gradients_of_single_examples_are_counted(method, inner, outer):
+    sizes = (64, 128) if method != "f2sa" else (256, 256)
+    costs = [sum(pair[number] * size for pair, size in zip((inner, outer), sizes, strict=True)) for number in (0, 1)]
+    assert measure(method, 0, *STOCHASTIC_QUICK).spent == [costs[0], sum(costs)]
 
 
 # --- what they share --------------------------------------------------------------------------------------------------

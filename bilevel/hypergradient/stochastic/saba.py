@@ -88,6 +88,7 @@ class SABA(SOBA):
             {name: outer[f"direct.{name}"] - mixed[name] for name in hparams},
             here.losses["outer"],
             here.losses["inner"],
+            here.evaluated,
         )
         return found, {**seen, **also}
 
@@ -100,6 +101,7 @@ class _Point:
     ) -> None:
         self.problem, self.solver, self.params, self.hparams, self.adjoint = problem, solver, params, hparams, adjoint
         self.losses: dict[str, float] = {}
+        self.evaluated = 0  # inner minibatches
 
     def corrected(
         self, which: str, source: Any, step: int, inner_step: int, state: MethodState
@@ -125,6 +127,7 @@ class _Point:
         return self.problem.problem.place(batch)
 
     def _inner(self, batch: Any) -> TensorDict:
+        self.evaluated += 1
         at = linearise(self.problem, self.solver, self.params, self.hparams, batch)
         self.losses["inner"] = at.inner_loss
         mixed = {f"mixed.{name}": value for name, value in at.mixed(self.adjoint).items()}

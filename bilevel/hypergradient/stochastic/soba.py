@@ -32,6 +32,7 @@ class Directions(NamedTuple):
         hparams: `D_θ`, by names.
         outer_loss: mean over tasks.
         inner_loss: mean over tasks.
+        evaluated: inner minibatches, each with a gradient and a product.
     """
 
     params: Tensor
@@ -39,6 +40,7 @@ class Directions(NamedTuple):
     hparams: TensorDict
     outer_loss: float
     inner_loss: float
+    evaluated: int = 1
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class SOBA(MinibatchSteps):
         adjoint = state[ADJOINT] - slow * self.linear_learning_rate * found.adjoint
         moved = params - slow * rate * found.params
         gradient, averages = self.outer_direction(found.hparams, batches, state)
-        receipt = Receipt(**described(found.params, 1, num_mv=1))
+        receipt = Receipt(**described(found.params, found.evaluated, num_mv=found.evaluated))
         kept = {ADJOINT: adjoint.detach(), **memory, **averages}
         return Hypergradient(gradient, moved.detach(), kept, receipt, found.outer_loss, found.inner_loss)
 

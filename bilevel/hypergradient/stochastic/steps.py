@@ -82,9 +82,8 @@ def check_single(name: str, solver: InnerSolver) -> None:
     """Refuse an inner solver that would make more than one step.
 
     Raises:
-        UsageError: it would, or `plain_rate` refuses it.
+        UsageError: it would.
     """
-    plain_rate(name, solver)
     if solver.max_steps != 1:
         raise UsageError(
             f"{name} moves params by one step in each outer step, but solver.max_steps is {solver.max_steps}: use "
