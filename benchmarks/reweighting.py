@@ -24,7 +24,8 @@ from benchmarks.common import Claim, Row, finish, parse, table
 from benchmarks.kept import fingerprint
 
 IMBALANCES = (200, 100, 50)
-QUICK: Keys = {"problem.num_most": 400, "model.hidden": "[8]", "trainer.num_steps": 3, "threads": 1}
+NETWORK = "{_target_: bilevel.models.MLP, num_inputs: 784, num_outputs: 10, hidden: [8]}"
+QUICK: Keys = {"problem.num_most": 400, "problem.network": NETWORK, "trainer.num_steps": 3, "threads": 1}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,13 +49,14 @@ def main(argv: list[str] | None = None) -> int:
                 print(json.dumps({"imbalance": imbalance, "seed": seed, "learned, equal": pairs[-1]}), flush=True)
             each = np.array(pairs)
             gain = each[:, 0] - each[:, 1]
+            spread = gain.std(ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else float("nan")
             rows.append(
                 {
                     "imbalance": imbalance,
                     "learned": float(each[:, 0].mean()),
                     "equal": float(each[:, 1].mean()),
                     "difference": float(gain.mean()),
-                    "95 %": float(student.ppf(0.975, len(gain) - 1) * gain.std(ddof=1) / len(gain) ** 0.5),
+                    "95 %": float(student.ppf(0.975, max(len(gain) - 1, 1)) * spread),
                 }
             )
     print(table(rows))

@@ -23,8 +23,9 @@ from benchmarks.granularity import outer_steps
 from benchmarks.kept import fingerprint
 
 EXPERIMENT, KEY, KINDS = "weight_decay_million", "problem.decay", ("shared", "per_weight")
+NETWORK = "{_target_: bilevel.models.MLP, num_inputs: 784, num_outputs: 10, hidden: [8]}"
 QUICK: Keys = {
-    **{"problem.num_train": 60, "problem.num_validation": 40, "model.hidden": "[8]", "threads": 1},
+    **{"problem.num_train": 60, "problem.num_validation": 40, "problem.network": NETWORK, "threads": 1},
     **{"trainer.num_steps": 2, "solver.max_steps": 10},
 }
 

@@ -15,12 +15,13 @@ def run(tmp_path, capsys, *words):
     return status, out, json.loads(open(path).read()), path
 
 
+PROMISE_NO_SOLUTION = {"hyper_cleaning_stochastic", "reweighting"}  # single steps of everything
 # The theorem speaks of solutions, and few-shot experiments make a fixed number of inner steps, which promise none; the one that
 # solves, r2d2_omniglot, has a network of ReLUs outside: kinks along its weights leave finite differences wrong by 1e-3.
 EXPERIMENTS = sorted(
     file.stem
     for file in (Path(__file__).parent.parent / "conf" / "experiment").glob("*.yaml")
-    if "few_shot" not in file.read_text()
+    if "few_shot" not in file.read_text() and file.stem not in PROMISE_NO_SOLUTION
 )
 
 
@@ -31,20 +32,28 @@ def test_the_experiments_that_promise_solutions_are_known():
         "digits_per_weight",
         "distillation",
         "hyper_cleaning",
+        "hyper_cleaning_50000",
         "text_penalties",
+        "weight_decay_million",
     ]
 
 
 SMALLER = {  # at full size they take minutes
     "hyper_cleaning": ["problem.num_train=300", "problem.num_validation=200"],
+    "hyper_cleaning_50000": ["problem.num_train=400", "problem.num_validation=200"],
     "distillation": ["problem.num_train=300"],
+    "weight_decay_million": [
+        "problem.num_train=60",
+        "problem.num_validation=60",
+        "problem.network={_target_: bilevel.models.MLP, num_inputs: 784, num_outputs: 10, hidden: [8], activation: tanh}",
+    ],
     "text_penalties": ["problem.num_texts=40", "problem.start=1e-2"],
 }
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_shipped_experiment_is_sound(name, tmp_path, capsys, request):
-    if name in ("hyper_cleaning", "distillation"):
+    if name in ("hyper_cleaning", "hyper_cleaning_50000", "distillation", "weight_decay_million"):
         request.getfixturevalue("fashion_mnist")
     if name == "text_penalties":
         request.getfixturevalue("wordnet")

@@ -165,16 +165,20 @@ class TestComparison:
             for each in (one, other)
         ]
         assert results[0] == results[1]
+        perceptron = cleaning(MLP(SIDE * SIDE, 10, (4,), "tanh"))  # takes batches of weights, but no inputs they share
+        assert len(self.comparison(perceptron, num_points=2, num_folds=2).learners(torch.linspace(0, 1, 30))) == 6
 
     def test_floor_and_ceiling_are_what_they_are_called(self, monkeypatch):
         small_images(monkeypatch)
         problem = cleaning()
         perfect = (~problem.corrupted).double()
         found = self.comparison(problem, num_points=2, num_folds=2).learners(perfect)
-        assert [(one.size, one.num_wrong) for one in found] == [(30, 15), (20, 0), (50, 15), (35, 0), (35, 0)]
-        assert found[3].accuracy == found[4].accuracy and found[3].penalty == found[4].penalty
+        assert [(one.size, one.num_wrong) for one in found] == [
+            (30, 15), (20, 0), (35, 7.5), (50, 15), (35, 0), (35, 0)
+        ]  # fmt: skip
+        assert found[4].accuracy == found[5].accuracy and found[4].penalty == found[5].penalty
         halved = self.comparison(problem, num_points=2, num_folds=2).learners(perfect / 2 + 0.25)
-        assert (halved[3].size, halved[3].num_wrong) == (20 + 15 * 0.75 + 15 * 0.25, 15 * 0.25)
+        assert (halved[4].size, halved[4].num_wrong) == (20 + 15 * 0.75 + 15 * 0.25, 15 * 0.25)
 
     def test_the_penalty_is_the_one_with_the_most_validation_examples_right(self, monkeypatch):
         small_images(monkeypatch)
@@ -195,7 +199,7 @@ class TestComparison:
                 right += int((problem.network(params, x_new[out]).argmax(-1) == y_new[out]).sum())
             scores.append(right)
         best = comparison.penalties[int(np.argmax(scores))]
-        assert comparison.learners(torch.ones(30))[2].penalty == pytest.approx(float(best))
+        assert comparison.learners(torch.ones(30))[3].penalty == pytest.approx(float(best))
 
     def test_another_problem_is_refused(self):
         class Run:
@@ -214,7 +218,7 @@ def test_the_experiment_leaves_a_table_and_pictures(tmp_path):
     assert main(["train", "experiment=hyper_cleaning", f"output_dir={tmp_path}", *small]) == 0
     (path,) = tmp_path.glob("*/*/summary.json")
     summary = json.loads(path.read_text())
-    assert len(summary["baseline"]["rows"]) == 5 and summary["num_hparams"] == 60
+    assert len(summary["baseline"]["rows"]) == 6 and summary["num_hparams"] == 60
     assert {"floor", "cleaned", "ceiling", "f1", "gap_closed"} <= summary["cleaning"].keys()
     shown = {file.stem for file in (path.parent / "figures").glob("*.png")}
     assert {"losses", "weights", "least_trusted", "metrics"} <= shown and not any(

@@ -244,7 +244,7 @@ MISTAKES = [
         lambda: MLP()(
             {name: value.expand(3, *value.shape) for name, value in MLP().init(0).items()}, torch.rand(3, 5, 8, 8, 1)
         ),
-        r"examples, 1\), by model.num_inputs, but they have shape \(3, 5, 8, 8, 1\): images want",
+        r"takes inputs of 1 numbers \(model.num_inputs\), .* but they have shape \(3, 5, 8, 8, 1\)",
     ),
     (lambda: MLP()(MLP().init(0), torch.rand(5, 2)), r"but they have shape \(5, 2\)"),
     (

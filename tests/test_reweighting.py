@@ -1,6 +1,7 @@
 """Weights by the loss: what one step of training does to the validation loss, the long tail, and the experiment."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from torch.nn.functional import cross_entropy
 from bilevel import Trainer, fit, hypergradient_at
 from bilevel.cli.main import main
 from bilevel.errors import UsageError
-from bilevel.hypergradient import OneStep
-from bilevel.models import MLP
+from bilevel.flat import FlatProblem
+from bilevel.hypergradient import Implicit, OneStep, Unrolled
+from bilevel.linalg import DenseLU
+from bilevel.models import MLP, SoftmaxRegression
 from bilevel.problems import Reweighting, WeightingComparison
 from bilevel.solvers import GradientDescent
 
@@ -19,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 SMALL = {"num_most": 20, "imbalance": 4, "num_validation": 3, "hidden": 5, "batch_size": None}
 NETWORK = MLP(SIDE * SIDE, 10, (4,), "tanh")
 STEP = GradientDescent(learning_rate=0.5, max_steps=1, atol=0.0)
+SOLVE = GradientDescent(learning_rate=0.5, max_steps=3000, atol=1e-9)
 
 
 @pytest.fixture
@@ -59,6 +63,38 @@ def test_the_hypergradient_is_what_one_step_of_training_does_to_the_validation_l
         assert float((found.gradient[name] * way).sum()) == pytest.approx(difference, rel=1e-5, abs=1e-10), name
 
 
+@pytest.mark.parametrize(
+    ("method", "solver"),
+    [
+        (Unrolled(), GradientDescent(learning_rate=0.5, max_steps=5, atol=0.0)),
+        (Implicit(linear_solver=DenseLU()), SOLVE),
+    ],
+    ids=["unrolled", "implicit"],
+)
+def test_several_steps_and_solutions_are_differentiated_through_the_weights_too(images, method, solver):
+    """What the weights change along the way is a part of the derivative: the training is along the gradient of no loss."""
+    problem = reweighting(network=SoftmaxRegression(SIDE * SIDE), num_most=10)
+    hparams = {name: value.double() for name, value in problem.init_hparams().items()}
+    if solver is SOLVE:  # a decay, without which there is no solution
+        solver = replace(solver, weight_decay=0.1)
+    found = hypergradient_at(problem, solver=solver, method=method)
+
+    def outer(hparams):
+        flat = FlatProblem.of(problem, hparams)
+        objective = solver.conditions(flat.objective(None))
+        with torch.no_grad():
+            params = flat.start(hparams)
+            for _ in range(solver.max_steps):
+                params = params - 0.5 * objective.gradient(params, hparams)
+            return float(problem.outer_loss(flat.unravel(params), hparams, None))
+
+    draw = torch.Generator().manual_seed(1)
+    way = torch.randn(hparams["weighting.head.weight"].shape, generator=draw, dtype=torch.float64)
+    name = "weighting.head.weight"
+    sides = [outer({**hparams, name: hparams[name] + sign * way}) for sign in (1e-4, -1e-4)]
+    assert float((found.gradient[name] * way).sum()) == pytest.approx((sides[0] - sides[1]) / 2e-4, rel=1e-4)
+
+
 def test_classes_get_rarer_and_validation_has_as_many_of_each(images):
     problem = reweighting(imbalance=10)
     assert problem.counts.tolist() == [20, 15, 11, 9, 7, 5, 4, 3, 2, 2]
@@ -68,6 +104,8 @@ def test_classes_get_rarer_and_validation_has_as_many_of_each(images):
     assert not rows & {tuple(row.tolist()) for row in problem.x_validation.flatten(1)}
     held_out = reweighting(holdout=0.5)
     assert len(held_out.x_validation) == len(held_out.x_holdout) == 15
+    assert set(torch.bincount(held_out.y_holdout).tolist()) == {1, 2}
+    assert reweighting(num_most=49, imbalance=49).counts[-1] == 1
 
 
 @pytest.mark.parametrize(
@@ -86,20 +124,23 @@ def test_bad_settings_are_refused_in_a_sentence(images, words, said):
 
 
 @pytest.mark.filterwarnings("ignore:the whole hypergradient of")
-def test_the_comparison_is_the_same_training_with_equal_weights(images):
+@pytest.mark.parametrize("monitor", [None, "holdout_loss"])
+@pytest.mark.parametrize("outer_batch_size", [None, 5])
+def test_the_comparison_is_the_same_training_with_equal_weights(images, monitor, outer_batch_size):
     """Where the learned weighting is the same for all losses, and is not moved, both are one."""
-    problem = reweighting(batch_size=16)
+    problem = reweighting(batch_size=16, holdout=0.5, outer_batch_size=outer_batch_size)
     problem.start = {name: torch.zeros_like(value) for name, value in problem.start.items()}
     found = fit(
         problem,
         solver=STEP,
         hypergradient=OneStep(),
         optimizer=lambda raw: torch.optim.SGD(raw, lr=0.0),
-        trainer=Trainer(num_steps=7),
+        trainer=Trainer(num_steps=7, monitor=monitor),
         callbacks=[WeightingComparison(num_points=3)],
     )
     learned, equal = found.summary["baseline"]["rows"]
     assert learned[1:] == equal[1:]
+    assert found.summary["best"]["step"] < 6 or monitor is None  # the steps are too long: the best is not the last
     assert found.summary["weighting"]["weights"] == [0.5] * 3
     assert all(one["weight"] == 0.5 and one["learned"] == one["equal"] for one in found.summary["weighting"]["classes"])
 
@@ -118,7 +159,13 @@ def test_the_comparison_belongs_to_its_problem():
 
 @pytest.mark.usefixtures("fashion_mnist")
 def test_the_experiment_runs_and_shows_its_weights(tmp_path, capsys):
-    small = ["problem.num_most=40", "problem.imbalance=4", "model.hidden=[8]", "trainer.num_steps=3", "tracking=none"]
+    small = [
+        "problem.num_most=40",
+        "problem.imbalance=4",
+        "problem.network={_target_: bilevel.models.MLP, num_inputs: 784, num_outputs: 10, hidden: [8]}",
+        "trainer.num_steps=3",
+        "tracking=none",
+    ]
     assert main(["train", "experiment=reweighting", f"output_dir={tmp_path}", *small]) == 0, capsys.readouterr().err
     (summary,) = tmp_path.rglob("summary.json")
     assert len(json.loads(summary.read_text())["weighting"]["classes"]) == 10

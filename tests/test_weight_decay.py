@@ -89,7 +89,7 @@ def test_the_experiment_runs(tmp_path, capsys):
     small = [
         "problem.num_train=60",
         "problem.num_validation=40",
-        "model.hidden=[8]",
+        "problem.network={_target_: bilevel.models.MLP, num_inputs: 784, num_outputs: 10, hidden: [8]}",
         "trainer.num_steps=2",
         "tracking=none",
     ]

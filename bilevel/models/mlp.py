@@ -60,8 +60,8 @@ class MLP(FeatureNetwork):
         x = as_vectors(inputs, self.widths[0])
         if x is None or (batched and x.ndim != batched[0]):
             raise UsageError(
-                f"MLP takes inputs of shape (tasks, examples, {self.widths[0]}), by model.num_inputs, but they have shape "
-                f"{tuple(inputs.shape)}: images want a convolutional network, model=conv4 or model=resnet12."
+                f"MLP takes inputs of {self.widths[0]} numbers (model.num_inputs), as many tasks of them as its weights are "
+                f"for, but they have shape {tuple(inputs.shape)}."
             )
         for layer in range(len(self.widths) - 1):
             x = x @ params[f"layer{layer}.weight"].mT + params[f"layer{layer}.bias"].unsqueeze(-2)

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from bilevel.data.fashion_mnist import CLASSES
 from bilevel.errors import UsageError
+from bilevel.models import SoftmaxRegression
 from bilevel.problems.hyper_cleaning import HyperCleaning, detection
 from bilevel.solvers import LBFGS, Objective, run
 from bilevel.tree import Layout, TensorDict
@@ -44,11 +45,13 @@ class Learner(NamedTuple):
 class CleaningComparison:
     """A callback that trains by the learned weights after a run, and on what there was without cleaning.
 
-    Learners are trained on the training examples as they are, on the validation examples, on both (the floor), on the
-    validation examples with each training example as its weight has it (`cleaned`), and with those that are labelled rightly
-    (the ceiling, which nobody knows), with the loss `mean CE + λ ‖x - x₀‖² / 2`, the mean weighted. Each has its best `λ` of a
-    grid: the one with the most validation examples right, each by the learner of a fold that was trained without it. The
-    summary gets a table, and the share of the gap from floor to ceiling that cleaning closes.
+    Learners are trained on the training examples as they are, on the validation examples, on both, each training example with
+    the mean of the learned weights (what weighing validation examples more is worth), on both (the floor), on both with each
+    training example as its weight has it (`cleaned`), and on the validation examples with those that are labelled rightly (the
+    ceiling, which nobody knows), with the loss `mean CE + λ ‖x - x₀‖² / 2`, the mean weighted. Each has its best `λ` of a grid:
+    the one with the most validation examples right, each by the learner of a fold that was trained without it (but with
+    weights that were learned with it). The summary gets a table, and the share of the gap from floor to ceiling that cleaning
+    closes.
 
     Args:
         num_points: size of the grid.
@@ -130,6 +133,7 @@ class CleaningComparison:
         return [
             self._learner("all as labelled", everything, validation=False),
             self._learner("validation", 0 * everything),
+            self._learner("validation, all at their mean weight", weight.mean() * everything),
             self._learner("validation, all as labelled (floor)", everything),
             self._learner("validation, all by their weights (cleaned)", weight),
             self._learner("validation, all that are right (ceiling)", right),
@@ -179,7 +183,8 @@ class CleaningComparison:
     def _scores(self, params: TensorDict, x: Tensor) -> Tensor:
         """Of several networks for the same inputs, `(B, N, O)`."""
         network = self.problem.network
-        outputs: Tensor = network(params, x) if network.handles_tasks else torch.vmap(network, (0, None))(params, x)
+        shared = isinstance(network, SoftmaxRegression)  # takes inputs that all networks share, in one product
+        outputs: Tensor = network(params, x) if shared else torch.vmap(network, (0, None))(params, x)
         return outputs
 
     def _is_right(self, params: TensorDict, x: Tensor, y: Tensor) -> Tensor:

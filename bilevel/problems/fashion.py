@@ -165,7 +165,9 @@ def long_tailed(imbalance: float, num_most: int, num_validation: int, root: str 
     train, validation = [], []
     for label in range(NUM_CLASSES):
         members = order[data.train_labels[order] == label]
-        number = int(num_most * imbalance ** (-label / (NUM_CLASSES - 1)))
+        number = int(
+            num_most * imbalance ** (-label / (NUM_CLASSES - 1)) + 1e-9
+        )  # a power may be just below a whole number
         if number + num_validation > len(members):
             raise UsageError(
                 f"class {label} has {len(members):,} images, but problem.num_most={num_most:,} and problem.num_validation="
@@ -173,6 +175,5 @@ def long_tailed(imbalance: float, num_most: int, num_validation: int, root: str 
             )
         validation.append(members[:num_validation])
         train.append(members[num_validation : num_validation + number])
-    mixed = torch.cat(validation)  # so that a hold-out, the last ones, has all classes
-    mixed = mixed[torch.randperm(len(mixed), generator=generator(seed, 1))]
-    return Splits(data, torch.cat(train), mixed)
+    # Class by class in turns, so that a hold-out, the last ones, has as many of each, but for one.
+    return Splits(data, torch.cat(train), torch.stack(validation, 1).flatten())

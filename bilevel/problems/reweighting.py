@@ -17,14 +17,17 @@ RARE = 3  # classes, the rarest ones, whose accuracy is a metric
 
 
 class Reweighting(FashionProblem):
-    r"""Fashion-MNIST with few images of some classes: `Σ v_i CE_i / Σ v_i` with weights `v_i = V(CE_i; θ)` between 0 and 1.
+    r"""Fashion-MNIST with few images of some classes, trained along `Σ v_i ∇CE_i / Σ v_i` with weights `v_i = V(CE_i; θ)`.
 
     `V` is a perceptron with one hidden layer and a sigmoid (meta-weight-net). Its weights `θ` are learned by the loss of a few
     validation images, as many of each class: what it gives more weight to, such as images of rare classes, whose loss is large,
-    is what these need. What `V` is given is a number and not differentiated: the gradient of the training loss is the weighted
-    mean of the images' gradients. So there is no inner loss of which a minimum could be differentiated; the method is
-    `hypergradient=one_step` with a single inner step (`solver.max_steps=1`), which differentiates by `θ` alone. It is exact
-    for what one step of training does to the validation loss.
+    is what these need.
+
+    Training goes along the weighted mean of the images' gradients, which is the gradient of no loss, since `V` depends on the
+    network's weights, too: the problem has an `optimality`, and no `inner_loss` to log. Derivatives through several steps, or
+    of the point where the mean is zero, see what the weights change there. The paper differentiates one step of training:
+    `hypergradient=one_step` with `solver.max_steps=1`. In an outer step that makes two steps of training, the second of which
+    is the one that is differentiated.
 
     Args:
         network: what is trained; None is a perceptron 784 - 256 - 10.
@@ -82,11 +85,17 @@ class Reweighting(FashionProblem):
         params = {name.removeprefix("weighting."): value for name, value in hparams.items()}
         return torch.sigmoid(self.weighting(params, losses.unsqueeze(-1)).squeeze(-1))
 
-    def output_loss(self, outputs: Tensor, hparams: Tensors, batch: Tensor | None) -> Tensor:
-        """Cross-entropy of each training image in the batch, times its share of the mean weight, `(B,)`."""
-        losses = super().output_loss(outputs, hparams, batch)
-        weights = self.weights(losses.detach(), hparams)
-        return losses * weights / weights.mean()
+    def optimality(self, params: Tensors, hparams: Tensors, batch: Tensor | None) -> TensorDict:
+        """The weighted mean of the gradients of the training images in the batch."""
+
+        def losses(at: TensorDict) -> Tensor:
+            return self.output_loss(self.outputs(at, hparams, batch), hparams, batch)
+
+        values, pull = torch.func.vjp(losses, dict(params))[:2]
+        weights = self.weights(values, hparams)
+        (mean,) = pull(weights / weights.sum())
+        found: TensorDict = mean
+        return found
 
     def metrics(self, params: Tensors, hparams: Tensors) -> dict[str, float]:
         """Test accuracy of all and of the rarest classes, and loss and accuracy of what the outer loss leaves out."""

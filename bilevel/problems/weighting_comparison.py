@@ -18,10 +18,10 @@ from bilevel.problems.reweighting import Reweighting
 class WeightingComparison:
     """A callback that makes the run's inner steps again after it, on the same minibatches, with equal weights.
 
-    Of both the step with the least outer loss counts, where outer losses compare, else the latest one.
-
-    The summary gets a table of test accuracies, and for the report under `weighting` the weight by loss, and for each class its
-    training images, their mean weight at the end and the accuracies on its test images.
+    Of both the step counts that is best by what the run compares steps by: the outer loss where it compares, the metric of
+    `trainer.monitor`, or else the latest one. The summary gets a table of test accuracies, and for the report under `weighting`
+    the weight by loss, and for each class its training images, their mean weight at the best step and the accuracies on its
+    test images.
 
     Args:
         num_points: of the curve, at even quantiles of the training images' losses.
@@ -52,10 +52,10 @@ class WeightingComparison:
         problem, flat, best = self.problem, self.run.setup.problem, self.run.best()
         found = {
             "learned": flat.unravel(best.params),
-            "equal": flat.unravel(self.equally_weighted(summary["num_steps"])),
+            "equal": flat.unravel(self.equally_weighted(summary["num_steps"], summary["monitor"])),
         }
         summary["baseline"] = {
-            "name": f"the same {summary['num_steps']:,} steps with equal weights",
+            "name": "the same training with equal weights",
             "columns": ["weights", "test accuracy", "of the rarest classes"],
             "rows": [
                 [name, f"{figures['test_accuracy']:.4f}", f"{figures['rare_accuracy']:.4f}"]
@@ -85,11 +85,12 @@ class WeightingComparison:
             ],
         }
 
-    def equally_weighted(self, num_steps: int) -> Tensor:
+    def equally_weighted(self, num_steps: int, monitor: str | None) -> Tensor:
         """Params of the best step with a weighting that is the same for all losses.
 
         Args:
             num_steps: outer steps of the run.
+            monitor: the metric that steps compare by; None for the outer loss.
         """
         setup = self.run.setup
         flat, method = setup.problem, setup.method
@@ -101,6 +102,9 @@ class WeightingComparison:
         for step in range(num_steps):
             made = method.compute(flat, setup.solver, params, equal, StepBatches(self.problem, step), state)
             params, state = made.params, made.state
-            if made.outer_loss < least or not flat.is_comparable:
-                best, least = params, made.outer_loss
+            figure = made.outer_loss
+            if monitor is not None:
+                figure = self.problem.metrics(flat.unravel(params), equal)[monitor]
+            if figure < least or not (monitor or flat.is_comparable):
+                best, least = params, figure
         return best

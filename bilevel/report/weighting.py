@@ -20,9 +20,9 @@ def weighting(run: Run) -> list[Plate]:
     if not found:
         return []
     caption = (
-        "Left: the weight of a training image by its loss, over the losses of all of them at the end. Middle: the mean weight "
-        "of each class, with the number of its training images. Right: test accuracy of each class with learned weights, and "
-        "after the same steps with equal ones."
+        "Left: the weight of a training image by its loss, over the losses of all of them at the best step. Middle: the mean "
+        "weight of each class, with the number of its training images. Right: test accuracy of each class with learned "
+        "weights, and after the same steps with equal ones."
     )
     return [Plate("weighting", "Weights of training images", caption, partial(_paint, found))]
 
