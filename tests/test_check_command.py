@@ -32,7 +32,6 @@ def test_the_experiments_that_promise_solutions_are_known():
         "digits_per_weight",
         "distillation",
         "hyper_cleaning",
-        "hyper_cleaning_50000",
         "text_penalties",
         "weight_decay_million",
     ]
@@ -40,7 +39,6 @@ def test_the_experiments_that_promise_solutions_are_known():
 
 SMALLER = {  # at full size they take minutes
     "hyper_cleaning": ["problem.num_train=300", "problem.num_validation=200"],
-    "hyper_cleaning_50000": ["problem.num_train=400", "problem.num_validation=200"],
     "distillation": ["problem.num_train=300"],
     "weight_decay_million": [
         "problem.num_train=60",
@@ -53,7 +51,7 @@ SMALLER = {  # at full size they take minutes
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_shipped_experiment_is_sound(name, tmp_path, capsys, request):
-    if name in ("hyper_cleaning", "hyper_cleaning_50000", "distillation", "weight_decay_million"):
+    if name in ("hyper_cleaning", "distillation", "weight_decay_million"):
         request.getfixturevalue("fashion_mnist")
     if name == "text_penalties":
         request.getfixturevalue("wordnet")
