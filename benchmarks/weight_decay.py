@@ -1,6 +1,6 @@
 """A decay for each of a million weights beside one for all: cost of an outer step, and what either is worth.
 
-    python -m benchmarks.weight_decay --folder outputs/weight_decay     (TODO minutes; goes on where it was cut short)
+    python -m benchmarks.weight_decay --folder outputs/weight_decay     (half an hour; goes on where it was cut short)
 
 Outer steps with one decay and with one for each weight, all at the same value, so that the inner problem is the same: from the
 same starting point, in turns. Then the command `python -m experiments.train experiment=weight_decay_million`, and the same with
