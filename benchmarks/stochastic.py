@@ -1,6 +1,6 @@
 """Stochastic methods beside the deterministic one on hyper-cleaning: what their weights are worth, after how many gradients.
 
-    python -m benchmarks.stochastic                 (writes benchmarks/results/stochastic.png)
+    python -m benchmarks.stochastic                 (40 minutes; writes benchmarks/results/stochastic.png)
 
 The deterministic method is the experiment `hyper_cleaning` as shipped, the others `hyper_cleaning_stochastic` with the settings
 below. Methods differ in how close their params are to the inner solution, and some hold params that validation examples have

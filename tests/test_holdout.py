@@ -87,7 +87,7 @@ def test_a_run_that_learns_a_few_validation_examples_by_heart_is_told(tmp_path, 
     words = ["problem.num_train=100", "problem.num_validation=24", "problem.holdout=0.5", "problem.penalty=1e-3"]
     words += [
         "trainer.num_steps=15",
-        "outer_optimizer.lr=2",
+        "outer_optimizer.lr=300",
         "solver.atol=1e-4",
         "callbacks.comparison=null",
         "tracking=none",
