@@ -52,7 +52,7 @@ class Reweighting(FashionProblem):
     def __init__(
         self,
         network: Network | None = None,
-        imbalance: float = 100,
+        imbalance: float = 100.0,
         num_most: int = 5000,
         num_validation: int = 10,
         hidden: int = 100,
