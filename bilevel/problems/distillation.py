@@ -14,11 +14,12 @@ from bilevel.data import load_fashion_mnist
 from bilevel.errors import UsageError
 from bilevel.models import Network, SoftmaxRegression
 from bilevel.problem import Problem
+from bilevel.problems.fashion import NUM_CLASSES, accuracy, pixels
 from bilevel.rng import generator
 from bilevel.tree import TensorDict
 
 Tensors = Mapping[str, Tensor]
-NUM_CLASSES, SIDE = 10, 28
+SIDE = 28
 
 
 class Distillation(Problem):
@@ -78,10 +79,10 @@ class Distillation(Problem):
                 f"but is {number:,} with problem.holdout={holdout}."
             )
         order = torch.randperm(available, generator=generator(split_seed))[:number]
-        images, labels = data.train_images[order].float() / 255, data.train_labels[order]
+        images, labels = pixels(data.train_images[order]), data.train_labels[order]
         self.x_train, self.y_train = images[:kept], labels[:kept]
         self.x_holdout, self.y_holdout = images[kept:], labels[kept:]
-        self.x_test, self.y_test = data.test_images.float() / 255, data.test_labels
+        self.x_test, self.y_test = pixels(data.test_images), data.test_labels
         self.labels = torch.arange(NUM_CLASSES).repeat(num_per_class)
         self.origin = self.network.init(seed)
         shape = (len(self.labels), SIDE, SIDE, 1)
@@ -121,9 +122,7 @@ class Distillation(Problem):
     def metrics(self, params: Tensors, hparams: Tensors) -> dict[str, float]:
         """Accuracy on the test images, and the loss of what the outer loss leaves out."""
         with torch.no_grad():
-            found = {
-                "test_accuracy": float((self.network(params, self.x_test).argmax(-1) == self.y_test).double().mean())
-            }
+            found = {"test_accuracy": accuracy(self.network(params, self.x_test), self.y_test)}
             if len(self.y_holdout):
                 found["holdout_loss"] = float(cross_entropy(self.network(params, self.x_holdout), self.y_holdout))
         return found

@@ -13,7 +13,7 @@ from bilevel.flat import FlatProblem
 from bilevel.hypergradient.method import Hypergradient, MethodState
 from bilevel.hypergradient.outer import outer_gradients
 from bilevel.hypergradient.stochastic.first_order import inner_gradients
-from bilevel.hypergradient.stochastic.steps import TRACKED, MinibatchSteps, described, plain_rate
+from bilevel.hypergradient.stochastic.steps import TRACKED, MinibatchSteps, described
 from bilevel.receipt import Receipt
 from bilevel.solvers import InnerSolver
 
@@ -51,7 +51,7 @@ class BOME(MinibatchSteps):
         state: MethodState,
     ) -> Hypergradient:
         """Find the distance's gradient, and move along both."""
-        rate, number = plain_rate("BOME", solver), params.shape[:-1].numel()
+        rate, number = self.rate(solver), params.shape[:-1].numel()
         x = lower = params.detach()
         for step in range(solver.max_steps):
             lower = lower - rate * inner_gradients(problem, solver, lower, hparams, batches.inner(step)).params
@@ -64,7 +64,6 @@ class BOME(MinibatchSteps):
         share = (self.strength - along / size).clamp(min=0.0).nan_to_num(0.0)
         moved = x - rate * number * (pull + share * by_params)
         gradient = {name: direct[name] + share * by_hparams[name] for name in direct}
-        facts = described(here.params, solver.max_steps + 2)
-        facts["inner_steps"] = solver.max_steps
-        facts["biased"] = (TRACKED, "the step of a constrained descent, which weighs both losses")
+        biased = (TRACKED, "the step of a constrained descent, which weighs both losses")
+        facts = described(here.params, solver.max_steps + 2, inner_steps=solver.max_steps, biased=biased)
         return Hypergradient(gradient, moved, {}, Receipt(**facts), outer, here.loss)

@@ -12,7 +12,7 @@ from bilevel.flat import FlatProblem
 from bilevel.hypergradient.method import Hypergradient, MethodState
 from bilevel.hypergradient.outer import outer_gradients
 from bilevel.hypergradient.stochastic.first_order import inner_gradients
-from bilevel.hypergradient.stochastic.steps import TRACKED, MinibatchSteps, described, fall, plain_rate
+from bilevel.hypergradient.stochastic.steps import TRACKED, MinibatchSteps, described, fall
 from bilevel.receipt import Receipt
 from bilevel.solvers import InnerSolver
 
@@ -60,7 +60,7 @@ class F2SA(MinibatchSteps):
         state: MethodState,
     ) -> Hypergradient:
         """Move both, and compare what the hyperparameters could do at either."""
-        rate = fall(batches.step, self.exponent) * plain_rate("F2SA", solver)
+        rate = fall(batches.step, self.exponent) * self.rate(solver)
         multiplier = self.multiplier / fall(batches.step, self.growth)
         number = params.shape[:-1].numel()
         x, y = params.detach(), state[PENALISED]
@@ -72,7 +72,6 @@ class F2SA(MinibatchSteps):
         outer, _, direct = outer_gradients(problem, y, hparams, batches)
         at_x, at_y = (inner_gradients(problem, solver, point, hparams, batches.curvature) for point in (x, y))
         gradient = {name: direct[name] + multiplier * (at_y.hparams[name] - at_x.hparams[name]) for name in direct}
-        facts = described(at_x.params, 2 * solver.max_steps + 2)
-        facts["inner_steps"] = solver.max_steps
-        facts["biased"] = (TRACKED, "a penalty stands for the inner problem")
+        biased = (TRACKED, "a penalty stands for the inner problem")
+        facts = described(at_x.params, 2 * solver.max_steps + 2, inner_steps=solver.max_steps, biased=biased)
         return Hypergradient(gradient, x, {PENALISED: y}, Receipt(**facts), outer, at_x.loss)

@@ -13,7 +13,7 @@ from bilevel.flat import FlatProblem
 from bilevel.hypergradient.method import Hypergradient, MethodState
 from bilevel.hypergradient.outer import outer_gradients
 from bilevel.hypergradient.stochastic.first_order import inner_gradients
-from bilevel.hypergradient.stochastic.steps import TRACKED, MinibatchSteps, described, plain_rate
+from bilevel.hypergradient.stochastic.steps import TRACKED, MinibatchSteps, described
 from bilevel.receipt import Receipt
 from bilevel.solvers import InnerSolver
 
@@ -52,13 +52,12 @@ class PBGDFree(MinibatchSteps):
         state: MethodState,
     ) -> Hypergradient:
         """Move params, and differentiate the outer loss directly."""
-        rate, number, y = plain_rate("PBGDFree", solver), params.shape[:-1].numel(), params.detach()
+        rate, number, y = self.rate(solver), params.shape[:-1].numel(), params.detach()
         for step in range(solver.max_steps):
             _, pull, _ = outer_gradients(problem, y, hparams, batches)
             push = inner_gradients(problem, solver, y, hparams, batches.inner(step))
             y = y - rate * (push.params + pull * number / self.multiplier)
         outer, _, direct = outer_gradients(problem, y, hparams, batches)
-        facts = described(push.params, solver.max_steps)
-        facts["inner_steps"] = solver.max_steps
-        facts["biased"] = (TRACKED, "what the hyperparameters do to the inner solution is left out")
+        biased = (TRACKED, "what the hyperparameters do to the inner solution is left out")
+        facts = described(push.params, solver.max_steps, inner_steps=solver.max_steps, biased=biased)
         return Hypergradient(direct, y, {}, Receipt(**facts), outer, push.loss)

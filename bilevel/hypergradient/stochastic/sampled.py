@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,10 +19,10 @@ from bilevel.hypergradient.method import (
     solve_without_graph,
 )
 from bilevel.hypergradient.outer import outer_gradients
-from bilevel.hypergradient.stochastic.steps import TRACKED, MinibatchSteps, fall, slowed
+from bilevel.hypergradient.stochastic.steps import TRACKED, MinibatchSteps, fall
 from bilevel.linearisation import linearise
 from bilevel.receipt import Receipt
-from bilevel.solvers import InnerSolver
+from bilevel.solvers import GradientDescent, InnerSolver
 
 Product = Callable[[int, Tensor], Tensor]  # (number, v) -> H v on the minibatch of that number
 
@@ -59,8 +59,10 @@ class SampledAdjoint(MinibatchSteps):
         state: MethodState,
     ) -> Hypergradient:
         """Step, then the adjoint and the hypergradient at the new params."""
+        assert isinstance(solver, GradientDescent)  # `check` has refused others
         slow = fall(batches.step, self.exponent)
-        inner = solve_without_graph(problem, slowed(solver, slow), params, hparams, batches, self.warm_start)
+        stepping = replace(solver, learning_rate=self.rate(solver) * slow)
+        inner = solve_without_graph(problem, stepping, params, hparams, batches, self.warm_start)
         x = inner.params.detach()
         outer, by_params, direct = outer_gradients(problem, x, hparams, batches)
         spent = 0

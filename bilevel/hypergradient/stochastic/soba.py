@@ -14,7 +14,7 @@ from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem
 from bilevel.hypergradient.method import Hypergradient, MethodState
 from bilevel.hypergradient.outer import outer_gradients
-from bilevel.hypergradient.stochastic.steps import MinibatchSteps, check_single, described, fall, plain_rate
+from bilevel.hypergradient.stochastic.steps import MinibatchSteps, check_single, described, fall
 from bilevel.linearisation import linearise
 from bilevel.receipt import Receipt
 from bilevel.solvers import InnerSolver
@@ -97,7 +97,7 @@ class SOBA(MinibatchSteps):
     ) -> Hypergradient:
         """Evaluate the directions at the present point, and move params and adjoint down theirs."""
         found, memory = self.directions(problem, solver, params, hparams, batches, state)
-        slow, rate = fall(batches.step, self.exponent), plain_rate(type(self).__name__, solver)
+        slow, rate = fall(batches.step, self.exponent), self.rate(solver)
         adjoint = state[ADJOINT] - slow * self.linear_learning_rate * found.adjoint
         moved = params - slow * rate * found.params
         gradient, averages = self.outer_direction(found.hparams, batches, state)

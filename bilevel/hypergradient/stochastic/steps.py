@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -60,7 +60,11 @@ class MinibatchSteps(HypergradientMethod):
     def check(self, solver: InnerSolver) -> None:
         """Refuse an inner solver whose steps are no steps along gradients of minibatches."""
         super().check(solver)
-        plain_rate(type(self).__name__, solver)
+        self.rate(solver)
+
+    def rate(self, solver: InnerSolver) -> float:
+        """The learning rate of the inner solver's steps; raises `UsageError` as `plain_rate` does."""
+        return plain_rate(type(self).__name__, solver)
 
     def check_numbers(self, *, positive: tuple[str, ...] = (), not_negative: tuple[str, ...] = ()) -> None:
         """Refuse settings out of their range.
@@ -73,9 +77,9 @@ class MinibatchSteps(HypergradientMethod):
             UsageError: one is not, or is not finite.
         """
         for name in positive + not_negative:
-            value, least = getattr(self, name), "> 0" if name in positive else ">= 0"
-            if not (0 < value if name in positive else 0 <= value) or not value < float("inf"):
-                raise UsageError(f"{type(self).__name__} needs {name} {least}, but got {value}.")
+            value, zero_too = getattr(self, name), name in not_negative
+            if not 0 <= value < float("inf") or (value == 0 and not zero_too):
+                raise UsageError(f"{type(self).__name__} needs {name} {'>=' if zero_too else '>'} 0, but got {value}.")
 
 
 def check_single(name: str, solver: InnerSolver) -> None:
@@ -89,12 +93,6 @@ def check_single(name: str, solver: InnerSolver) -> None:
             f"{name} moves params by one step in each outer step, but solver.max_steps is {solver.max_steps}: use "
             "solver.max_steps=1, or AmIGO for more."
         )
-
-
-def slowed(solver: InnerSolver, factor: float) -> InnerSolver:
-    """The solver with a multiple of its learning rate."""
-    assert isinstance(solver, GradientDescent) and not isinstance(solver.learning_rate, str)
-    return replace(solver, learning_rate=solver.learning_rate * factor)  # type: ignore[operator]
 
 
 def described(gradient: Tensor, num_gradients: int, *, num_mv: int = 0, **facts: Any) -> dict[str, Any]:
