@@ -15,10 +15,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -152,6 +152,80 @@ def in_fresh_processes(number: int, function: Callable[..., Any], *args: Any) ->
         with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, [torch.get_num_threads()]) as process:
             results.append(process.apply(function, args))
     return results
+
+
+class Timed(NamedTuple):
+    """What `in_turns` measured of one function, in seconds.
+
+    Attributes:
+        first: the first call of each process.
+        turns: a later call in each turn; those of the same number were made one after the other.
+    """
+
+    first: list[float]
+    turns: list[float]
+
+
+def in_turns(
+    names: Sequence[str],
+    make: Callable[..., Callable[[], Any]],
+    *args: Any,
+    rounds: int,
+    turns: int,
+    device: str = "cpu",
+    pause: float = PAUSE,
+) -> dict[str, Timed]:
+    """Times of several functions, each in processes of its own, which are all there at once and called in turns.
+
+    A virtual machine's processors have states that last for seconds or minutes and make everything a quarter slower: compare
+    times of the same turn. Where a process has its tensors in memory lasts for its life: there are several rounds of processes.
+
+    Args:
+        names: of the functions.
+        make: a module's function, `(name, *args) -> function`, called in the process.
+        args: of `make`; they can be pickled.
+        rounds: processes of each function, one after the other.
+        turns: timed calls in each, after the first call and one that wakes the processors each time.
+        device: synchronised before each reading of the clock when it is a CUDA device.
+        pause: seconds of rest before each function's turn.
+    """
+    found = {name: Timed([], []) for name in names}
+    for _ in range(rounds):
+        with ExitStack() as stack:
+            processes = {}
+            for name in names:
+                spawn = multiprocessing.get_context("spawn")
+                processes[name] = stack.enter_context(spawn.Pool(1, torch.set_num_threads, [torch.get_num_threads()]))
+                found[name].first.append(processes[name].apply(_begin, (make, name, args, device)))
+            for _ in range(turns):
+                for name, process in processes.items():
+                    time.sleep(pause)
+                    found[name].turns.append(process.apply(_call, (device,)))
+    return found
+
+
+_functions: list[Callable[[], Any]] = []  # the one of a process of `in_turns`
+
+
+def _begin(make: Callable[..., Callable[[], Any]], name: str, args: tuple[Any, ...], device: str) -> float:
+    """Make the function of this process, and time its first call."""
+    _functions.append(make(name, *args))
+    return _seconds(_functions[0], device)
+
+
+def _call(device: str) -> float:
+    """Seconds of a call after another one."""
+    _functions[0]()
+    return _seconds(_functions[0], device)
+
+
+def _seconds(function: Callable[[], Any], device: str) -> float:
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    function()
+    wait()
+    return time.perf_counter() - start
 
 
 @contextmanager
