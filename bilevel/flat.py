@@ -139,10 +139,22 @@ class FlatProblem:
     def loss_objective(self, batch: Any) -> Objective:
         """The problem's `inner_loss` and anchor on a batch, also where it has an `optimality` besides."""
         loss = self._over_tasks(self.problem.inner_loss, "inner_loss", "inner_batches", batch)
+        restricted = self._restricted_objective(batch) if hasattr(self.problem, "restricted") else None
         if not hasattr(self.problem, "anchor"):
-            return Objective(loss=loss)
+            return Objective(loss=loss, restricted=restricted)
         anchored = Anchored(loss, self._anchor)
-        return Objective(lambda x, hparams: loss(x, hparams) + anchored.value(x, hparams), anchored=anchored)
+        return Objective(
+            lambda x, hparams: loss(x, hparams) + anchored.value(x, hparams), anchored=anchored, restricted=restricted
+        )
+
+    def restricted(self, kept: Tensor) -> FlatProblem:
+        """The problem of the entries that a mask `(n,)` keeps, all others zero; one that has a method `restricted`."""
+        masks = self.layout.unravel(kept)
+        smaller = Layout(self.layout.names, tuple((int(mask.sum()),) for mask in masks.values()))
+        return replace(self, problem=self.problem.restricted(masks), layout=smaller, beginning=None)  # type: ignore[attr-defined]
+
+    def _restricted_objective(self, batch: Any) -> Callable[[Tensor], Objective]:
+        return lambda kept: self.restricted(kept).loss_objective(batch)
 
     def in_parts(self, params: Tensor, batch: Any) -> Iterator[tuple[FlatProblem, Tensor, Any]]:
         """The problem, its params and a batch, cut into as many tasks at a time as the problem's `tasks_at_once` says."""

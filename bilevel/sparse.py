@@ -68,6 +68,32 @@ class SparseMatrix:
         """The transpose, without a copy."""
         return SparseMatrix(self.columns, self.rows)
 
+    def select(self, columns: Tensor) -> SparseMatrix:
+        """Some of the columns.
+
+        Args:
+            columns: their numbers, `(k,)`, each at most once.
+
+        Example:
+            >>> from scipy.sparse import csr_array
+            >>> matrix = SparseMatrix.of(csr_array([[0.0, 2.0, 0.0], [1.0, 0.0, 3.0]]), torch.float64)
+            >>> matrix.select(torch.tensor([2, 0])) @ torch.eye(2, dtype=torch.float64)
+            tensor([[0., 0.],
+                    [3., 1.]], dtype=torch.float64)
+        """
+        starts, sizes = self.columns.crow_indices(), self.columns.crow_indices().diff()[columns]
+        ends = sizes.cumsum(0)
+        crow = torch.cat([ends.new_zeros(1), ends]).to(starts.dtype)
+        inside = torch.arange(int(crow[-1]), device=columns.device) - crow[:-1].long().repeat_interleave(sizes)
+        entries = starts[columns].long().repeat_interleave(sizes) + inside
+        parts = crow, self.columns.col_indices()[entries], self.columns.values()[entries]
+        shape = (len(columns), self.shape[0])
+        with warnings.catch_warnings():  # that it is in beta state
+            warnings.simplefilter("ignore", UserWarning)
+            transposed = torch.sparse_csr_tensor(*parts, size=shape, check_invariants=True)
+            rows = torch.sparse_csc_tensor(*parts, size=shape[::-1], check_invariants=True).to_sparse_csr()
+        return SparseMatrix(_with_short_indices(rows), transposed)
+
     def __matmul__(self, dense: Tensor) -> Tensor:
         """`A W`, `(n, k) -> (m, k)`; differentiable in `W`, in reverse mode as often as wanted, and under `vmap`.
 
@@ -109,6 +135,12 @@ class _Product(torch.autograd.Function):
         """All dense matrices side by side: one product."""
         beside = dense.movedim(in_dims[1], -1)  # (n, k, B)
         return (matrix @ beside.flatten(1)).unflatten(1, beside.shape[1:]), 2
+
+
+def _with_short_indices(matrix: Tensor) -> Tensor:
+    """The same with indices of 32 bits."""
+    crow, column = matrix.crow_indices().int(), matrix.col_indices().int()
+    return torch.sparse_csr_tensor(crow, column, matrix.values(), size=matrix.shape, check_invariants=True)
 
 
 def _compressed(matrix: Any, dtype: torch.dtype | None) -> Tensor:

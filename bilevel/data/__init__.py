@@ -2,6 +2,7 @@
 
 from bilevel.data.episodes import ClassEpisodes, Episode, Examples, TaskSource
 from bilevel.data.fashion_mnist import FashionMNIST, load_fashion_mnist
+from bilevel.data.khan import Khan, load_khan
 from bilevel.data.labels import mislabelled
 from bilevel.data.minibatches import Minibatches, Partition
 from bilevel.data.omniglot import Omniglot, load_omniglot
@@ -17,6 +18,7 @@ __all__ = [
     "Examples",
     "FashionMNIST",
     "Glosses",
+    "Khan",
     "Minibatches",
     "Omniglot",
     "Partition",
@@ -27,6 +29,7 @@ __all__ = [
     "data_root",
     "load_digits",
     "load_fashion_mnist",
+    "load_khan",
     "load_omniglot",
     "load_wordnet_nouns",
     "mislabelled",

@@ -57,7 +57,7 @@ class FiniteDifference(HypergradientMethod):
         if solver.composite:
             raise UsageError(
                 f"FiniteDifference takes its virtual step along the gradient of inner_loss, but {type(solver).__name__} "
-                "adds a non-smooth term: use Unrolled, ForwardMode, OneStep, or Implicit with GMRES."
+                "adds a non-smooth term: use Unrolled, ForwardMode, OneStep, or Implicit."
             )
 
     def compute(

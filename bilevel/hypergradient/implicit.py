@@ -25,6 +25,7 @@ from bilevel.hypergradient.method import (
 )
 from bilevel.hypergradient.negative_curvature import NegativeCurvature, SwitchToMINRES, System
 from bilevel.hypergradient.outer import OuterGradients, outer_gradients, outer_gradients_compiled
+from bilevel.hypergradient.support import SUPPORT, around, remembered
 from bilevel.hypergradient.trial import declared_curvature
 from bilevel.hypergradient.unconverged import OuterStep, Unconverged, Warn, settle
 from bilevel.linalg import AutoSolver, ConjugateGradient, LinearSolver, Tag
@@ -44,7 +45,9 @@ from bilevel.tree import TensorDict, detach
 class Implicit(HypergradientMethod):
     r"""`∂L/∂θ - (∂F/∂θ)^T [∂F/∂x]^{-T} ∂L/∂x` at the solution of the inner problem, with any linear solver.
 
-    `F` is the gradient of the inner loss, the problem's `optimality`, or the fixed-point residual of a proximal solver.
+    `F` is the gradient of the inner loss, the problem's `optimality`, or the fixed-point residual of a proximal solver. With a
+    non-smooth term that is piecewise linear (`Polyhedral`: a lasso, a box) it is the gradient by the free entries of the
+    solution alone, so that time goes by their number, and any linear solver serves.
     Its graph is built once at the solution and serves every product with `∂F/∂x` and the mixed product; after the inner
     solve, time and memory do not depend on the number of inner steps. The number is the hypergradient as far as the
     inner problem and the linear system are solved; the receipt has both residuals. With inner minibatches the Hessian
@@ -116,7 +119,10 @@ class Implicit(HypergradientMethod):
 
     def estimates_error(self, problem: FlatProblem, solver: InnerSolver) -> bool:
         """Where it is asked for, and the solution minimises a loss of all data: a batch's gradient does not vanish there."""
-        is_loss = solver.conditions(problem.objective(None)).loss is not None
+        smooth = (
+            problem.objective(None) if solver.polyhedral is not None else solver.conditions(problem.objective(None))
+        )
+        is_loss = smooth.loss is not None
         return self.error_estimate is not None and is_loss and problem.problem.inner_batches is None
 
     def compute(
@@ -136,13 +142,15 @@ class Implicit(HypergradientMethod):
         if isinstance(handled, Hypergradient):
             return replace(handled, state=dict(state))  # what later steps can go on from, once solves converge again
         inner = handled
-        evaluate = COMPILED if self.compile else EAGER
-        (outer, by_params, direct), outer_fallback = evaluate.outer(problem, inner.params, hparams, batches)
-        at = evaluate.inner(problem, solver, inner.params, hparams, batches.curvature)
+        here = around(problem, solver, inner, hparams, batches.curvature)
+        state = remembered(state, here.support)
+        evaluate = COMPILED if self.compile and here.support is None else EAGER
+        (outer, by_params, direct), outer_fallback = evaluate.outer(here.problem, here.params, hparams, batches)
+        at = evaluate.inner(here.problem, here.solver, here.params, hparams, batches.curvature)
         solved = self._solve(at, by_params, inner, state)
         gradient = {name: direct[name] - part for name, part in at.mixed(solved.solution.value).items()}
-        estimate = self._estimate(at, solver, batches, solved, by_params, gradient)
-        biased = solved.biased
+        estimate = self._estimate(at, here.solver, batches, solved, by_params, gradient)
+        biased = solved.biased + here.biased
         if batches.stochastic and batches.curvature is not None:
             biased += ("the Hessian is that of one minibatch",)
         fallback = " ".join(reason for reason in (inner.fallback, outer_fallback, at.fallback) if reason) or None
@@ -158,7 +166,8 @@ class Implicit(HypergradientMethod):
             estimate_mv=estimate.num_mv,
             biased=biased,
         )
-        return Hypergradient(gradient, inner.params.detach(), solved.state, receipt, outer, at.inner_loss)
+        kept = solved.state if here.support is None else {**solved.state, SUPPORT: here.support}
+        return Hypergradient(gradient, inner.params.detach(), kept, receipt, outer, at.inner_loss / here.num_systems)
 
     def _solve(self, at: Linearisation, vector: Tensor, inner: InnerSolution, state: MethodState) -> _Solved:
         """The adjoint `[∂F/∂x]^{-T} vector`: preconditioned, with what earlier solves have left, under the policies."""

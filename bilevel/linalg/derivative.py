@@ -17,19 +17,33 @@ from bilevel.errors import UsageError
 from bilevel.linalg.operator import NO_TAGS, SYMMETRIC, LinearOperator, Tag
 
 Function = Callable[[Tensor], Tensor]
+AT_ONCE = 32  # cotangents in one pass through a graph: its intermediate results are there so many times
 
 
 def _pull(output: Tensor, point: Tensor, cotangent: Tensor, create_graph: bool = False) -> Tensor:
-    """`J^T cotangent` through a retained graph; extra leading dimensions of the cotangent are looped over."""
+    """`J^T cotangent` through a retained graph; extra leading dimensions of the cotangent are so many passes."""
     extra = cotangent.ndim - output.ndim
     if extra > 0:
-        flat = cotangent.reshape(-1, *output.shape)
-        rows = torch.stack([_pull(output, point, row) for row in flat])
+        rows = _pull_each(output, point, cotangent.reshape(-1, *output.shape))
         return rows.reshape(*cotangent.shape[:extra], *point.shape)
     if not output.requires_grad:
         return torch.zeros_like(point)
     (pulled,) = grad(output, point, cotangent, retain_graph=True, create_graph=create_graph, materialize_grads=True)
     return pulled
+
+
+def _pull_each(output: Tensor, point: Tensor, cotangents: Tensor) -> Tensor:
+    """One pass for some of them at a time, or for each where an operation of the graph cannot be batched."""
+    if not output.requires_grad:
+        return point.new_zeros(len(cotangents), *point.shape)
+    try:
+        parts = [
+            grad(output, point, some, retain_graph=True, is_grads_batched=True, materialize_grads=True)[0]
+            for some in cotangents.split(AT_ONCE)
+        ]
+    except RuntimeError:  # vmap has no rule for an operation, or there is no memory for so many
+        return torch.stack([_pull(output, point, row) for row in cotangents])
+    return torch.cat(parts)
 
 
 class HessianOperator(LinearOperator):

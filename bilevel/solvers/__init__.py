@@ -7,7 +7,9 @@ from bilevel.solvers.lbfgs import LBFGS
 from bilevel.solvers.loop import InnerResult, InnerSolution, run
 from bilevel.solvers.newton_cg import NewtonCG
 from bilevel.solvers.objective import Anchored, Objective
-from bilevel.solvers.proximal_gradient import Project, Proximal, ProximalGradient, SoftThreshold
+from bilevel.solvers.proximal import Polyhedral, Project, Proximal, SoftThreshold
+from bilevel.solvers.proximal_gradient import ProximalGradient
+from bilevel.solvers.proximal_newton import ProximalNewton
 from bilevel.solvers.solver import InnerSolver
 from bilevel.solvers.torch_optimizer import TorchOptimizer
 from bilevel.solvers.update_rule import UpdateRule
@@ -23,9 +25,11 @@ __all__ = [
     "InnerSolver",
     "NewtonCG",
     "Objective",
+    "Polyhedral",
     "Project",
     "Proximal",
     "ProximalGradient",
+    "ProximalNewton",
     "SoftThreshold",
     "TorchOptimizer",
     "UpdateRule",

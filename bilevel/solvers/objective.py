@@ -63,12 +63,39 @@ class Objective:
         anchored: what of the loss is `½ Σ strength (params - centre)²`, with the rest of it; None where nothing is known to
             be. Its gradient then is no matter of autograd, for which it would be as much work as a small network.
         compiled: value and gradient, or the optimality, as machine code, for where no derivative is recorded.
+        restricted: `kept (n,) -> objective` of the entries that a mask keeps, with all others zero; None where the problem has
+            no shorter way to evaluate it than with all of them.
     """
 
     loss: Callable[[Tensor, Hparams], Tensor] | None = None
     optimality: Callable[[Tensor, Hparams], Tensor] | None = None
     anchored: Anchored | None = None
     compiled: Compiled | None = None
+    restricted: Callable[[Tensor], Objective] | None = None
+
+    def on_entries(self, entries: Tensor, params: Tensor) -> Objective:
+        """The loss as a function of some entries, with the others where they are.
+
+        Args:
+            entries: their numbers in order, `(m,)`.
+            params: the others' values, `(*batch, n)`.
+        """
+        assert self.loss is not None
+        loss, kept = self.loss, torch.zeros(params.shape[-1], dtype=torch.bool, device=params.device)
+        kept[entries] = True
+        if self.restricted is not None and not bool(params[..., ~kept].any()):
+            return self.restricted(kept)
+        return Objective(lambda x, hparams: loss(params.index_copy(-1, entries, x), hparams))
+
+    def value(self, params: Tensor, hparams: Hparams) -> Tensor:
+        """The loss of each system, `(*batch,)`.
+
+        Raises:
+            UsageError: the problem is not a minimisation.
+        """
+        if self.loss is None:
+            raise UsageError("this inner solver needs inner_loss, but the problem defines only optimality.")
+        return self.loss(params, hparams)
 
     def value_and_gradient(self, params: Tensor, hparams: Hparams) -> tuple[Tensor, Tensor]:
         """Value and gradient; recorded when gradients are enabled.

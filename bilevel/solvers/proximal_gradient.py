@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -12,48 +11,8 @@ from torch import Tensor
 from bilevel.errors import UsageError
 from bilevel.solvers.objective import Hparams, Objective
 from bilevel.solvers.options import Option, option
+from bilevel.solvers.proximal import Polyhedral, Proximal, SoftThreshold
 from bilevel.solvers.solver import InnerSolver, State, fresh_state, row_norm
-
-
-class Proximal(ABC):
-    """A non-smooth term `g`, known by `prox(x, step) = argmin_z g(z) + ‖z - x‖² / (2 step)`."""
-
-    @abstractmethod
-    def prox(self, params: Tensor, step: float | Tensor, hparams: Hparams) -> Tensor:
-        """The proximal map, `(*batch, n)`."""
-
-
-@dataclass(frozen=True)
-class SoftThreshold(Proximal):
-    """`g(x) = strength ‖x‖₁`.
-
-    Args:
-        strength: a number, or the name of a hyperparameter (a scalar, or one entry for each parameter).
-    """
-
-    strength: Option = 1.0
-
-    def prox(self, params: Tensor, step: float | Tensor, hparams: Hparams) -> Tensor:
-        """Shrink towards zero."""
-        threshold = option(self.strength, hparams) * step
-        return torch.sign(params) * torch.relu(params.abs() - threshold)
-
-
-@dataclass(frozen=True)
-class Project(Proximal):
-    """`g(x) = 0` in the box, infinite outside: the projection on it.
-
-    Args:
-        low: lower bound of every parameter.
-        high: upper bound.
-    """
-
-    low: float = 0.0
-    high: float = float("inf")
-
-    def prox(self, params: Tensor, step: float | Tensor, hparams: Hparams) -> Tensor:
-        """Clip."""
-        return params.clamp(self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -63,8 +22,9 @@ class ProximalGradient(InnerSolver):
     The inner loss is the smooth part `f` alone. Stationarity is the norm of the gradient mapping `(y - x) / a`. The
     momentum of a system restarts when its step turns against it (O'Donoghue and Candès, 2015).
 
-    For the implicit function theorem a solution is a root of `F(x) = (x - prox(x - a ∇f(x), a)) / a`, whose Jacobian is
-    not symmetric: choose GMRES, BiCGStab, LSMR or DenseLU. Derivatives exist where the active set does not change.
+    The implicit function theorem is applied to the free entries of a solution (see `Polyhedral`), whose Hessian is symmetric;
+    for another proximal term a solution is a root of `F(x) = (x - prox(x - a ∇f(x), a)) / a`, whose Jacobian is not: choose
+    GMRES, BiCGStab, LSMR or DenseLU then. Derivatives exist where the active set does not change.
 
     Args:
         max_steps: largest number of steps.
@@ -93,6 +53,11 @@ class ProximalGradient(InnerSolver):
         super().__post_init__()
         if isinstance(self.learning_rate, int | float) and not 0 < self.learning_rate < float("inf"):
             raise UsageError(f"ProximalGradient needs learning_rate > 0, but got {self.learning_rate}.")
+
+    @property
+    def polyhedral(self) -> Polyhedral | None:
+        """The proximal term, where it is piecewise linear."""
+        return self.proximal if isinstance(self.proximal, Polyhedral) else None
 
     def conditions(self, loss: Objective) -> Objective:
         """The fixed-point residual; its roots do not depend on the learning rate, which is a constant in it."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from bilevel.errors import UsageError
 from bilevel.solvers.objective import Hparams, Objective
 from bilevel.solvers.options import hparam_names
+from bilevel.solvers.proximal import Polyhedral
 from bilevel.solvers.update_rule import UpdateRule, no_rule
 
 State = dict[str, Any]
@@ -68,6 +69,11 @@ class InnerSolver(ABC):
     def hparam_names(self) -> tuple[str, ...]:
         """The options of this solver that name a hyperparameter instead of holding a number."""
         return hparam_names(self)
+
+    @property
+    def polyhedral(self) -> Polyhedral | None:
+        """The non-smooth term of a composite solver, where it is one that leaves a smooth problem around a solution."""
+        return None
 
     @abstractmethod
     def init(self, params: Tensor, loss: Objective, hparams: Hparams) -> State:
