@@ -7,6 +7,9 @@ from bilevel.problems.distillation import Distillation
 from bilevel.problems.hyper_cleaning import HyperCleaning
 from bilevel.problems.random_images import RandomImages
 from bilevel.problems.reweighting import Reweighting
+from bilevel.problems.sparse_designs import GlossDesign, KhanDesign, RandomDesign
+from bilevel.problems.sparse_penalties import LeastSquares, Logistic, SparsePenalties
+from bilevel.problems.support_vectors import SupportVectors
 from bilevel.problems.text_penalties import TextPenalties
 from bilevel.problems.text_words import TextWords
 from bilevel.problems.weight_decay import WeightDecay
@@ -18,9 +21,16 @@ __all__ = [
     "DigitsMLP",
     "DigitsSoftmax",
     "Distillation",
+    "GlossDesign",
     "HyperCleaning",
+    "KhanDesign",
+    "LeastSquares",
+    "Logistic",
+    "RandomDesign",
     "RandomImages",
     "Reweighting",
+    "SparsePenalties",
+    "SupportVectors",
     "TextPenalties",
     "TextWords",
     "WeightDecay",

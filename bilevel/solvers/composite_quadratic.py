@@ -1,4 +1,4 @@
-"""A quadratic plus a piecewise linear term, minimised: by Newton's method on the free entries, safeguarded by FISTA."""
+"""A quadratic plus a piecewise linear term, minimised: by Newton's method on its pieces."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from bilevel.solvers.proximal import Polyhedral, least_subgradient
 from bilevel.solvers.solver import row_norm
 
 ARC = 0.5 ** torch.arange(8)  # lengths of a step that are tried
-MAX_ROUNDS = 100
-SAFE_STEPS = 50  # of FISTA, where Newton's step comes no closer
-NO_GAIN = 3  # rounds without progress: this is all that rounding allows
+MAX_ROUNDS = 500
+SMALLEST, LARGEST = 1e-12, 1e6  # of what is added to the diagonal, over its mean
+SHRINK, GROW = 0.1, 10.0
 
 
 class Quadratic(NamedTuple):
@@ -37,63 +37,74 @@ class Quadratic(NamedTuple):
     def minimum(self, term: Polyhedral, hparams: Hparams, tolerance: float) -> Tensor:
         """`argmin q + g`, to a norm of the least subgradient, `(*batch, m)`.
 
-        Newton's step on the linear piece of each entry, projected on the pieces. Where that comes no closer, FISTA goes on.
+        Newton's step on the linear piece of each entry, projected on the pieces. What is added to the diagonal for it grows
+        where that gains nothing (a step of projected gradient descent in the limit), and shrinks where it does: more entries
+        may be free than the Hessian has a rank.
 
         Args:
             term: `g`.
             hparams: of the term.
             tolerance: in the gradient's units, for each system.
 
-        Reference: Bertsekas (1982), "Projected Newton methods for optimization problems with simple constraints".
+        References: Bertsekas (1982), "Projected Newton methods for optimization problems with simple constraints"; Moré (1978),
+        "The Levenberg-Marquardt algorithm".
         """
-        best, found = self.point, self._residual(term, self.point, hparams)
-        lowest = term.value(best, hparams)
-        failures = 0
+        x, lowest = self.point, term.value(self.point, hparams)
+        left = self._left(term, x, hparams)
+        scale = self.hessian.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(x.dtype).tiny)
+        damping = torch.full_like(scale, SMALLEST)
         for _ in range(MAX_ROUNDS):
-            if bool((found <= tolerance).all()) or failures == NO_GAIN:
+            if bool(((left <= tolerance) | (damping > LARGEST)).all()):
                 break
-            before = lowest, found
-            for attempt in (self._newton, self._fista):
-                x = attempt(term, best, hparams)
-                value, residual = self._value(x) + term.value(x, hparams), self._residual(term, x, hparams)
-                closer = (value < lowest) | ((value <= lowest + 1e-15 * lowest.abs()) & (residual < found))
-                best = torch.where(closer.unsqueeze(-1), x, best)
-                lowest, found = torch.where(closer, value, lowest), torch.where(closer, residual, found)
-                if bool((closer | (found <= tolerance)).all()):
-                    break
-            failures = 0 if bool(((lowest < before[0]) | (found < before[1])).any()) else failures + 1
-        return best
+            point = self._projected(term, x, damping * scale, hparams)
+            value, short = self._value(point) + term.value(point, hparams), self._left(term, point, hparams)
+            slack = _slack(lowest)  # below which values do not tell, but subgradients do
+            better = (value < lowest - slack) | ((value <= lowest + slack) & (short < left))
+            x = torch.where(better.unsqueeze(-1), point, x)
+            lowest, left = torch.where(better, value, lowest), torch.where(better, short, left)
+            damping = torch.where(better, (SHRINK * damping).clamp(min=SMALLEST), GROW * damping)
+        return x
 
-    def _residual(self, term: Polyhedral, x: Tensor, hparams: Hparams) -> Tensor:
+    def _left(self, term: Polyhedral, x: Tensor, hparams: Hparams) -> Tensor:
+        """Norm of the least subgradient; infinite where there is none."""
         return row_norm(least_subgradient(term, x, self.gradient_at(x), hparams)).nan_to_num(nan=torch.inf)
 
     def _times(self, x: Tensor) -> Tensor:
-        return (self.hessian @ x.unsqueeze(-1)).squeeze(-1)
+        """Of one vector of each system, or of several, `(T, *batch, m)`."""
+        many = x if x.ndim == self.hessian.ndim else x.unsqueeze(0)
+        return (self.hessian @ many.movedim(0, -1)).movedim(-1, 0).reshape(x.shape)
 
-    def _newton(self, term: Polyhedral, x: Tensor, hparams: Hparams) -> Tensor:
-        """Newton's step of the entries that are free on their pieces, along its arc in them."""
+    def _projected(self, term: Polyhedral, x: Tensor, damping: Tensor, hparams: Hparams) -> Tensor:
+        """The best of some lengths of Newton's step of the free entries, on its way in their pieces."""
         gradient = self.gradient_at(x)
         low, high, slope = term.piece(x, gradient, hparams)
         free = low < high
-        among_free = free.unsqueeze(-1) & free.unsqueeze(-2)
-        identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-        rhs = torch.where(free, -gradient - slope, 0.0)
-        direction, _ = torch.linalg.solve_ex(torch.where(among_free, self.hessian, identity), rhs)
+        some = (
+            free.reshape(-1, x.shape[-1]).any(0).nonzero().squeeze(-1)
+        )  # those of any system: the others have no equation
+        mine = free[..., some]
+        among_mine, identity = (
+            mine.unsqueeze(-1) & mine.unsqueeze(-2),
+            torch.eye(len(some), dtype=x.dtype, device=x.device),
+        )
+        hessian = self.hessian[..., some[:, None], some] + damping[..., None, None] * identity
+        rhs = torch.where(mine, (-gradient - slope)[..., some], 0.0)
+        solved, _ = torch.linalg.solve_ex(torch.where(among_mine, hessian, identity), rhs)
+        direction = torch.zeros_like(x).index_copy(-1, some, solved)
         arc = (x + ARC.to(x).reshape(-1, *[1] * x.ndim) * direction).clamp(low, high)  # (T, *batch, m)
         values = self._value(arc) + term.value(arc, hparams)
-        shortest = values.nan_to_num(nan=torch.inf).argmin(0)
-        return arc.gather(0, shortest.unsqueeze(0).unsqueeze(-1).expand(1, *x.shape)).squeeze(0)
+        values = values.nan_to_num(nan=torch.inf)
+        least = values.amin(0)
+        longest = (
+            (values <= least + _slack(least)).int().argmax(0)
+        )  # the first one, of those that values do not tell apart
+        return arc.gather(0, longest.unsqueeze(0).unsqueeze(-1).expand(1, *x.shape)).squeeze(0)
 
     def _value(self, x: Tensor) -> Tensor:
         moved = x - self.point
         return ((self.gradient + self._times(moved) / 2) * moved).sum(-1)
 
-    def _fista(self, term: Polyhedral, x: Tensor, hparams: Hparams) -> Tensor:
-        largest = self.hessian.abs().sum(-1).amax(-1, keepdim=True)  # no smaller than the largest eigenvalue
-        size = 1 / largest.clamp(min=torch.finfo(x.dtype).tiny)
-        point, inertia = x, 1.0
-        for _ in range(SAFE_STEPS):
-            new = term.prox(point - size * self.gradient_at(point), size, hparams)
-            inertia, last = (1 + (1 + 4 * inertia**2) ** 0.5) / 2, inertia
-            point, x = new + (last - 1) / inertia * (new - x), new
-        return x
+
+def _slack(value: Tensor) -> Tensor:
+    """What rounding makes of a value."""
+    return 10 * torch.finfo(value.dtype).eps * value.abs()
