@@ -180,26 +180,27 @@ class TestComparison:
         halved = self.comparison(problem, num_points=2, num_folds=2).learners(perfect / 2 + 0.25)
         assert (halved[4].size, halved[4].num_wrong) == (20 + 15 * 0.75 + 15 * 0.25, 15 * 0.25)
 
-    def test_the_penalty_is_the_one_with_the_most_validation_examples_right(self, monkeypatch):
+    def test_the_penalty_is_the_one_by_which_most_of_a_learners_own_examples_are_right(self, monkeypatch):
+        """Each judged by the learner of the other fold, and counted by its weight."""
         small_images(monkeypatch)
         problem = cleaning()
         comparison = self.comparison(problem, num_points=3, low=1e-3, high=10.0, num_folds=2)
-        everything = torch.ones(30, dtype=torch.bool)
-        x_new, y_new = (
-            torch.cat([getattr(problem, f"{name}_{part}") for part in ("validation", "holdout")]) for name in "xy"
+        weight = torch.linspace(0.05, 1, 30)
+        members = torch.cat([weight, torch.ones(20)])
+        x, y = (
+            torch.cat([getattr(problem, f"{name}{part}") for part in ("", "_validation", "_holdout")]) for name in "xy"
         )
-        x, y = torch.cat([problem.x, x_new]), torch.cat([problem.y, y_new])
         scores = []
         for penalty in comparison.penalties.tolist():
-            right = 0
+            right = 0.0
             for fold in range(2):
-                out = torch.arange(20) % 2 == fold
-                members = torch.cat([everything, ~out]).unsqueeze(0)
-                params = comparison._trained(x, y, members, torch.tensor([penalty]))
-                right += int((problem.network(params, x_new[out]).argmax(-1) == y_new[out]).sum())
+                out = torch.arange(50) % 2 == fold
+                params = comparison._trained(x, y, (members * ~out).unsqueeze(0), torch.tensor([penalty]))
+                right += float(((problem.network(params, x[out]).argmax(-1) == y[out]) * members[out]).sum())
             scores.append(right)
         best = comparison.penalties[int(np.argmax(scores))]
-        assert comparison.learners(torch.ones(30))[3].penalty == pytest.approx(float(best))
+        assert len(set(scores)) == 3
+        assert comparison.learners(weight)[4].penalty == pytest.approx(float(best))
 
     def test_another_problem_is_refused(self):
         class Run:

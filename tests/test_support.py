@@ -156,9 +156,10 @@ def test_a_kink_is_told():
     assert not aside.receipt.biased and float(aside.gradient["strength"]) == pytest.approx(-1.0)
 
 
-def test_a_solution_without_a_free_entry_does_not_move():
+@pytest.mark.parametrize("method", [Implicit(), Implicit(linear_solver=DenseCholesky()), Implicit.auto()])
+def test_a_solution_without_a_free_entry_does_not_move(method):
     problem = Restricted(strength=100.0)
-    found = hypergradient_at(problem, solver=ProximalNewton(proximal=TERMS["lasso"]), method=Implicit())
+    found = hypergradient_at(problem, solver=ProximalNewton(proximal=TERMS["lasso"]), method=method)
     assert not bool(found.params["w"].any()) and problem.columns[-1] == 0
     assert float(found.gradient["strength"]) == 200.0  # what it is in the outer loss itself
     assert float(found.gradient["shift"]) == pytest.approx(float((0.1 + problem.y_val).mean()))

@@ -177,7 +177,7 @@ class Implicit(HypergradientMethod):
         preconditioner = corrected(prepared.operator, at.operator, state)
         watched = None
         memory = max(self.recycle, 0 if self.error_estimate is None else self.error_estimate.memory)
-        if memory and Tag.symmetric in at.operator.tags:
+        if memory and Tag.symmetric in at.operator.tags and at.params.numel():  # there may be no free entry
             watched = WatchedOperator(at.operator, memory)
             at = replace(at, operator=watched)
         rtol = self.accuracy.linear_rtol(state)

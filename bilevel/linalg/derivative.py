@@ -24,7 +24,8 @@ def _pull(output: Tensor, point: Tensor, cotangent: Tensor, create_graph: bool =
     """`J^T cotangent` through a retained graph; extra leading dimensions of the cotangent are so many passes."""
     extra = cotangent.ndim - output.ndim
     if extra > 0:
-        rows = _pull_each(output, point, cotangent.reshape(-1, *output.shape))
+        number = cotangent.shape[:extra].numel()  # there may be none
+        rows = _pull_each(output, point, cotangent.reshape(number, *output.shape))
         return rows.reshape(*cotangent.shape[:extra], *point.shape)
     if not output.requires_grad:
         return torch.zeros_like(point)
@@ -34,7 +35,7 @@ def _pull(output: Tensor, point: Tensor, cotangent: Tensor, create_graph: bool =
 
 def _pull_each(output: Tensor, point: Tensor, cotangents: Tensor) -> Tensor:
     """One pass for some of them at a time, or for each where an operation of the graph cannot be batched."""
-    if not output.requires_grad:
+    if not output.requires_grad or not len(cotangents):
         return point.new_zeros(len(cotangents), *point.shape)
     try:
         parts = [
