@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -136,10 +136,10 @@ def jaxopt_custom_root(task: Task, num_steps: int) -> Hypergradient:
     return compute
 
 
-def versions() -> dict[str, str]:
+def versions(names: Sequence[str] = ("torchopt", "higher", "jaxopt", "jax")) -> dict[str, str]:
     """What is installed of the libraries that take part."""
     found: dict[str, str] = {}
-    for name in ("torchopt", "higher", "jaxopt", "jax"):
+    for name in names:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -23,7 +23,7 @@ from bilevel.tree import TensorDict
 Tensors = Mapping[str, Tensor]
 
 
-class Fit(ABC):
+class LinearModel(ABC):
     """The loss of a linear model's outputs.
 
     Attributes:
@@ -41,7 +41,7 @@ class Fit(ABC):
         """Of validation examples, one by one."""
 
 
-class LeastSquares(Fit):
+class LeastSquares(LinearModel):
     """`(output - target)² / 2`, as scikit-learn's `Lasso` has it, judged by squared errors; with an intercept."""
 
     centred: ClassVar[bool] = True
@@ -55,7 +55,7 @@ class LeastSquares(Fit):
         return (outputs - targets).square()
 
 
-class Logistic(Fit):
+class Logistic(LinearModel):
     """`log(1 + exp(-target output))`, targets 1 and -1; without an intercept, as coordinate-descent libraries have it."""
 
     def inner(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class SparsePenalties(Problem):
 
     Args:
         design: where features and targets come from; None is `RandomDesign()`.
-        fit: `φ`; None is `LeastSquares()`.
+        model: `φ`; None is `LeastSquares()`.
         num_folds: of all examples, next to each other as scikit-learn's `KFold` takes them; 1 validates on the last third.
         start: starting penalty, over the smallest one at which all weights are zero.
         penalty: one (`shared`), or one for each feature (`per_feature`).
@@ -96,7 +96,7 @@ class SparsePenalties(Problem):
     def __init__(
         self,
         design: Source | None = None,
-        fit: Fit | None = None,
+        model: LinearModel | None = None,
         num_folds: int = 5,
         start: float = 0.1,
         penalty: str = "shared",
@@ -114,14 +114,19 @@ class SparsePenalties(Problem):
             )
         if ridge is not None:
             self.constraints = {"penalty": Positive(), "ridge": Positive()}  # type: ignore[misc]  # there only then
-        self.fit, self.num_tasks, self.start_share, self.start_ridge = fit or LeastSquares(), num_folds, start, ridge
+        self.model, self.num_tasks, self.start_share, self.start_ridge = (
+            model or LeastSquares(),
+            num_folds,
+            start,
+            ridge,
+        )
         validation = _folds(number, num_folds, split_seed)  # (K, N)
         self.train = (~validation).double() / (~validation).sum(1, keepdim=True)
         self.validation = validation.double() / validation.sum(1, keepdim=True)
         self.x = x
         self.targets = y.expand(num_folds, -1)
         self.means = torch.zeros(num_folds, self.x.shape[1], dtype=torch.float64)
-        if self.fit.centred:
+        if self.model.centred:
             self.means = (x.mT @ self.train.mT).mT
             self.targets = y - self.train @ y.unsqueeze(-1)
         self.broadcast = Broadcast.of("penalty", penalty, {"weight": torch.empty(1, x.shape[1])})
@@ -131,7 +136,7 @@ class SparsePenalties(Problem):
         """The smallest penalty at which the weights of all folds are zero."""
         weight = torch.zeros_like(self.means).requires_grad_()
         with torch.enable_grad():
-            loss = (self.train * self.fit.inner(self.outputs_of(weight), self.targets)).sum()
+            loss = (self.train * self.model.inner(self.outputs_of(weight), self.targets)).sum()
         return float(torch.autograd.grad(loss, weight)[0].abs().max())
 
     def init_hparams(self) -> TensorDict:
@@ -151,12 +156,12 @@ class SparsePenalties(Problem):
     def inner_loss(self, params: Tensors, hparams: Tensors, batch: None) -> Tensor:
         """Without the 1-norm; of each fold, `(K,)`."""
         weight = params["weight"]
-        loss = (self.train * self.fit.inner(self.outputs_of(weight), self.targets)).sum(-1)
+        loss = (self.train * self.model.inner(self.outputs_of(weight), self.targets)).sum(-1)
         return loss if "ridge" not in hparams else loss + hparams["ridge"] * weight.square().sum(-1) / 2
 
     def outer_loss(self, params: Tensors, hparams: Tensors, batch: None) -> Tensor:
         """Of each fold, `(K,)`."""
-        return (self.validation * self.fit.outer(self.outputs_of(params["weight"]), self.targets)).sum(-1)
+        return (self.validation * self.model.outer(self.outputs_of(params["weight"]), self.targets)).sum(-1)
 
     def restricted(self, kept: Tensors) -> SparsePenalties:
         """The same with the features whose weights are not zero."""
