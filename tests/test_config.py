@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from omegaconf import OmegaConf
 
@@ -406,10 +407,11 @@ def test_an_option_that_does_not_compose_is_found(tmp_path):
 
 def test_the_options_that_may_name_a_hyperparameter_are_those_of_the_inner_solvers():
     found = set()
-    for option in config_groups(CONF)["solver"]:
-        for where, node in described(CONF, "solver", option):
-            hints = typing.get_type_hints(find_target(node["_target_"], where))
-            found |= {name for name, kind in hints.items() if kind == Option}
+    for group in ("solver", "proximal"):
+        for option in config_groups(CONF)[group]:
+            for where, node in described(CONF, group, option):
+                hints = typing.get_type_hints(find_target(node["_target_"], where))
+                found |= {name for name, kind in hints.items() if kind in (Option, Option | torch.Tensor)}
     assert found == NAMING
     assert not may_name("solver.optimizer.weight_decay", "rate") and not may_name("outer_optimizer.momentum", "rate")
 

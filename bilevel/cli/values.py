@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 # Options of inner solvers that hold a number or name a hyperparameter; the last part of their keys.
-NAMING = frozenset({"learning_rate", "momentum", "weight_decay", "beta1", "beta2", "epsilon", "strength"})
+NAMING = frozenset(
+    {"learning_rate", "momentum", "weight_decay", "beta1", "beta2", "epsilon", "strength", "low", "high"}
+)
 
 
 def may_name(key: str, value: Any) -> bool:
@@ -18,7 +20,7 @@ def may_name(key: str, value: Any) -> bool:
     """
     path = key.split(".")
     return (
-        isinstance(value, str) and path[0] == "solver" and path[-1] in NAMING and "optimizer" not in path
+        isinstance(value, str) and path[0] in ("solver", "proximal") and path[-1] in NAMING and "optimizer" not in path
     )  # torch's own
 
 

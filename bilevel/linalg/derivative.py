@@ -39,12 +39,13 @@ def _pull_each(output: Tensor, point: Tensor, cotangents: Tensor) -> Tensor:
         return point.new_zeros(len(cotangents), *point.shape)
     try:
         parts = [
-            grad(output, point, some, retain_graph=True, is_grads_batched=True, materialize_grads=True)[0]
+            grad(output, point, some, retain_graph=True, is_grads_batched=True, allow_unused=True)[0]
             for some in cotangents.split(AT_ONCE)
         ]
     except RuntimeError:  # vmap has no rule for an operation, or there is no memory for so many
         return torch.stack([_pull(output, point, row) for row in cotangents])
-    return torch.cat(parts)
+    known = [part for part in parts if part is not None]  # None where the output does not depend on the point
+    return torch.cat(known) if known else point.new_zeros(len(cotangents), *point.shape)
 
 
 class HessianOperator(LinearOperator):

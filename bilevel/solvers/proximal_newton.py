@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import UsageError
+from bilevel.linalg import HessianOperator, as_matrix
 from bilevel.solvers.composite_quadratic import Quadratic
 from bilevel.solvers.objective import Hparams, Objective
 from bilevel.solvers.proximal import Polyhedral, SoftThreshold, least_subgradient
@@ -100,7 +101,11 @@ class ProximalNewton(InnerSolver):
             working = self._working_set(params, left, hparams)
             part, here = loss.on_entries(working, params), params[..., working]
             term = self.proximal.on(working, params, hparams)
-            model = Quadratic(_hessian(part, here, hparams), gradient[..., working], here)
+
+            def smooth(x: Tensor) -> Tensor:
+                return part.value(x, hparams)
+
+            model = Quadratic(as_matrix(HessianOperator(smooth, here)), gradient[..., working], here)
             end = model.minimum(term, hparams, GENTLE * float(self._tolerance(counted)))
             moved, values = _searched(part, term, model, end, hparams)
             return params.index_copy(-1, working, moved), {
@@ -122,18 +127,6 @@ class ProximalNewton(InnerSolver):
     def _tolerance(self, state: State) -> Tensor:
         """Stationarity at which the solve ends, of the strictest system."""
         return (self.rtol * state["first_stationarity"]).clamp(min=self.atol).min()
-
-
-def _hessian(loss: Objective, point: Tensor, hparams: Hparams) -> Tensor:
-    """The Hessian of each system, `(*batch, m, m)`, all its rows in one backward pass."""
-    with torch.enable_grad():
-        leaf = point.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(loss.value(leaf, hparams).sum(), leaf, create_graph=True)
-    number = point.shape[-1]
-    basis = torch.eye(number, dtype=point.dtype, device=point.device)
-    basis = basis.reshape(number, *[1] * (point.ndim - 1), number).expand(number, *point.shape)
-    (rows,) = torch.autograd.grad(gradient, leaf, basis, is_grads_batched=True, materialize_grads=True)
-    return rows.movedim(0, -2)
 
 
 def _searched(loss: Objective, term: Polyhedral, model: Quadratic, end: Tensor, hparams: Hparams) -> tuple[Tensor, int]:
