@@ -31,6 +31,10 @@ class Problem:
     A method `anchor(hparams) -> (strength, centre)` adds the proximal term `½ Σ strength (params - centre)²` to the inner
     loss, which solvers differentiate without autograd; `strength` is a number or a dictionary like `params`, `centre` is one.
 
+    A method `restricted(kept) -> Problem`, of boolean masks by the names of `params`, returns the same problem with the entries
+    that are kept, as vectors, and all others zero: sparse solutions then cost what their entries cost (`ProximalNewton`,
+    `Implicit`).
+
     Tensors that the problem holds as attributes move with `to`, and starting values and batches follow. Everything is
     written for *one* system; set `num_tasks` and give batches a leading task dimension to have that many solved at once
     and their outer losses averaged.
