@@ -51,6 +51,13 @@ bench: $(STAMP) ## the benchmarks; peers take part when the extra `peers` is ins
 	$(PYTHON) -m benchmarks.meta_accuracy
 	$(PYTHON) -m benchmarks.meta_omniglot
 	$(PYTHON) -m benchmarks.hyper_cleaning
+	$(PYTHON) -m benchmarks.stochastic
+	$(PYTHON) -m benchmarks.text_penalties
+	$(PYTHON) -m benchmarks.hpo
+	$(PYTHON) -m benchmarks.weight_decay
+	$(PYTHON) -m benchmarks.distillation
+	$(PYTHON) -m benchmarks.reweighting
+	$(PYTHON) -m benchmarks.sparse_penalties
 
 clean: ## remove the environment and what runs have left
 	rm -rf $(VENV) outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

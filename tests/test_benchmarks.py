@@ -12,6 +12,10 @@ import pytest
 import torch
 
 from benchmarks.common import Claim, experiment_parts, finish, interleaved, machine, parse, table
+from benchmarks.hpo import OURS, TPE, Point, Search, WordGroups
+from benchmarks.hpo import claims_of as claims_of_searches
+from benchmarks.hpo import plot as plot_searches
+from benchmarks.hpo import rows_of as rows_of_searches
 from benchmarks.meta_accuracy import differences, fitting
 from benchmarks.meta_omniglot import PAPER, RUNS
 from benchmarks.stochastic import QUICK as STOCHASTIC_QUICK
@@ -26,7 +30,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 QUICK = [  # not meta_accuracy, which is a dozen processes: its own parts are tested below
     *("operators", "hypergradient", "memory", "meta_gradient", "meta_memory", "meta_step", "meta_sinusoid"),
     *("meta_omniglot", "hyper_cleaning", "text_penalties", "distillation", "weight_decay", "stochastic"),
-    "reweighting",
+    *("reweighting", "hpo"),
 ]
 
 
@@ -37,7 +41,7 @@ def quick(request, tmp_path_factory):
         request.getfixturevalue("omniglot_root")
     if request.param in ("hyper_cleaning", "distillation", "weight_decay", "stochastic", "reweighting"):
         request.getfixturevalue("fashion_mnist")
-    if request.param == "text_penalties":
+    if request.param in ("text_penalties", "hpo"):
         request.getfixturevalue("wordnet")
     before = {path: path.read_bytes() for path in RESULTS.iterdir()}
     file = tmp_path_factory.mktemp("benchmarks") / "new" / f"{request.param}.json"
@@ -59,6 +63,7 @@ ROWS = {
     "meta_omniglot": {"run", "accuracy", "95 %", "floor", "outer steps", "minutes"},
     "text_penalties": {"what", "hyperparameters", "seconds"},
     "weight_decay": {"what", "hyperparameters", "seconds"},
+    "hpo": {"hyperparameters", "method", "trainings", "seconds", "gradients", "validation loss", "left out"},
     "reweighting": {"imbalance", "learned", "equal", "difference", "95 %"},
     "stochastic": {"method", "trained anew", "over the deterministic", "f1", "gradients", "seconds"},
     "distillation": {"images", "seed", "distilled", "real", "the largest of them", "minutes"},
@@ -112,6 +117,50 @@ def test_the_pilot_that_sets_the_number_of_steps_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.meta_accuracy.train", train)
     plans = [fitting(tmp_path / "code" / "plan.txt", {"experiment": "a"}, 103.0) for _ in range(2)]
     assert plans == [200, 200] and piloted == [100]
+
+
+@pytest.mark.usefixtures("wordnet")
+@pytest.mark.parametrize("number", [1, 7, None])
+def test_groups_of_words_are_about_equally_frequent_and_have_equal_shares(number):
+    problem = WordGroups(number, num_texts=800)
+    hparams = problem.init_hparams()
+    size = len(hparams["penalty"])
+    assert size == (problem.x.shape[1] if number is None else number)
+    rows = problem.x.rows
+    counts = rows.col_indices().bincount(minlength=problem.x.shape[1])
+    if number is not None:
+        squares = torch.zeros(size).index_add(0, problem.group[rows.col_indices()], rows.values().square())
+        assert float(squares.min()) > 0.8 * float(squares.max())
+    in_order = problem.group[counts.argsort(stable=True)]
+    assert bool((in_order.diff() >= 0).all())
+    strength, _ = problem.anchor({"penalty": torch.arange(1.0, size + 1)})
+    assert torch.equal(strength["weight"][0], problem.group + 1.0)
+
+
+def searched(*losses, seconds=1.0):
+    points = [Point(seconds * number, 10 * number, loss) for number, loss in enumerate(losses, 1)]
+    return Search(points, {"holdout_loss": 1.0, "test_accuracy": 0.5}, 0.5)
+
+
+def test_hypergradients_are_timed_to_the_loss_that_tpe_ends_with(tmp_path):
+    found = {
+        (1, OURS): searched(0.9, 0.5),
+        (1, TPE): searched(0.6),
+        (10, OURS): searched(0.9, 0.7, 0.6, 0.4),
+        (10, TPE): searched(0.8, 0.6, 0.9, seconds=20.0),
+        (100, OURS): searched(0.9),
+        (100, TPE): searched(0.8),
+        (300, OURS): searched(0.9),
+    }
+    ten, hundred, unknown = claims_of_searches(found)
+    assert ten.figure == pytest.approx(3 / 60) and ten.met
+    assert hundred.figure == math.inf and not hundred.met
+    assert unknown.figure is None and unknown.met is None
+    rows = rows_of_searches(found)
+    assert [row["seconds to TPE's"] for row in rows] == [2.0, 1.0, 3.0, 40.0, None, 1.0, None]
+    assert rows[2]["gradients to TPE's"] == 30 and rows[3]["validation loss"] == 0.6
+    plot_searches(found, tmp_path / "hpo.png")
+    assert (tmp_path / "hpo.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.usefixtures("omniglot_root")
