@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from benchmarks.common import Row, machine
 from benchmarks.peers import versions
 from bilevel import Trainer, fit
 from bilevel.cli.job import Parts
-from bilevel.constraints import Box
+from bilevel.constraints import Box, Constraint
 from bilevel.errors import UsageError
 from bilevel.flat import FlatProblem
 from bilevel.problems import TextPenalties
@@ -46,7 +46,7 @@ class WordGroups(TextPenalties):
         UsageError: there are not so many groups of about equal shares.
     """
 
-    constraints = {"penalty": Box(*RANGE)}  # noqa: RUF012 - as everywhere
+    constraints: ClassVar[Mapping[str, Constraint]] = {"penalty": Box(*RANGE)}
 
     def __init__(self, num_groups: int | None, **settings: Any) -> None:
         """Walk through the words, the rarest first, and begin a group at each equal share of the features' squares."""
